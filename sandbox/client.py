@@ -22,63 +22,87 @@ from typing import Any, Literal, Protocol
 import aiohttp
 import orjson
 
+from gameday.kinds import (
+    CONFIGMAPS as CONFIGMAPS,
+)
+from gameday.kinds import (
+    CONTROLLERREVISIONS as CONTROLLERREVISIONS,
+)
+from gameday.kinds import (
+    CRDS as CRDS,
+)
+from gameday.kinds import (
+    DAEMONSETS as DAEMONSETS,
+)
+from gameday.kinds import (
+    DEPLOYMENTS as DEPLOYMENTS,
+)
+from gameday.kinds import (
+    ENDPOINTS as ENDPOINTS,
+)
+from gameday.kinds import (
+    ENDPOINTSLICES as ENDPOINTSLICES,
+)
+from gameday.kinds import (
+    EVENTS as EVENTS,
+)
+from gameday.kinds import (
+    HPAS as HPAS,
+)
+from gameday.kinds import (
+    JOBS as JOBS,
+)
+from gameday.kinds import (
+    LEASES as LEASES,
+)
+from gameday.kinds import (
+    NAMESPACES as NAMESPACES,
+)
+from gameday.kinds import (
+    NETWORKCHAOS as NETWORKCHAOS,
+)
+from gameday.kinds import (
+    NODES as NODES,
+)
+from gameday.kinds import (
+    PDBS as PDBS,
+)
+from gameday.kinds import (
+    PODCHAOS as PODCHAOS,
+)
+from gameday.kinds import (
+    PODNETWORKCHAOS as PODNETWORKCHAOS,
+)
+from gameday.kinds import (
+    PODS as PODS,
+)
+from gameday.kinds import (
+    REPLICASETS as REPLICASETS,
+)
+from gameday.kinds import (
+    SECRETS as SECRETS,
+)
+from gameday.kinds import (
+    SERVICEACCOUNTS as SERVICEACCOUNTS,
+)
+from gameday.kinds import (
+    SERVICES as SERVICES,
+)
+from gameday.kinds import (
+    STATEFULSETS as STATEFULSETS,
+)
+from gameday.kinds import (
+    STRESSCHAOS as STRESSCHAOS,
+)
+from gameday.kinds import (
+    Kind as Kind,
+)
+
 log = logging.getLogger(__name__)
 
 Obj = dict[str, Any]
 PatchType = Literal["merge", "strategic", "json"]
 EventType = Literal["ADDED", "MODIFIED", "DELETED"]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A resource type: where the API serves it and what its objects call themselves."""
-
-    group: str
-    version: str
-    plural: str
-    kind: str
-    namespaced: bool = True
-
-    @property
-    def api_version(self) -> str:
-        return f"{self.group}/{self.version}" if self.group else self.version
-
-    def path(self, namespace: str | None = None, name: str | None = None, sub: str | None = None) -> str:
-        parts = [f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"]
-        if self.namespaced and namespace:
-            parts += ["namespaces", namespace]
-        parts.append(self.plural)
-        if name:
-            parts.append(name)
-        if sub:
-            parts.append(sub)
-        return "/".join(parts)
-
-
-PODS = Kind("", "v1", "pods", "Pod")
-NODES = Kind("", "v1", "nodes", "Node", namespaced=False)
-NAMESPACES = Kind("", "v1", "namespaces", "Namespace", namespaced=False)
-SERVICES = Kind("", "v1", "services", "Service")
-ENDPOINTS = Kind("", "v1", "endpoints", "Endpoints")
-CONFIGMAPS = Kind("", "v1", "configmaps", "ConfigMap")
-SECRETS = Kind("", "v1", "secrets", "Secret")
-SERVICEACCOUNTS = Kind("", "v1", "serviceaccounts", "ServiceAccount")
-EVENTS = Kind("", "v1", "events", "Event")
-DEPLOYMENTS = Kind("apps", "v1", "deployments", "Deployment")
-REPLICASETS = Kind("apps", "v1", "replicasets", "ReplicaSet")
-STATEFULSETS = Kind("apps", "v1", "statefulsets", "StatefulSet")
-DAEMONSETS = Kind("apps", "v1", "daemonsets", "DaemonSet")
-CONTROLLERREVISIONS = Kind("apps", "v1", "controllerrevisions", "ControllerRevision")
-JOBS = Kind("batch", "v1", "jobs", "Job")
-LEASES = Kind("coordination.k8s.io", "v1", "leases", "Lease")
-ENDPOINTSLICES = Kind("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice")
-PDBS = Kind("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget")
-HPAS = Kind("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler")
-CRDS = Kind("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", namespaced=False)
-PODCHAOS = Kind("chaos-mesh.org", "v1alpha1", "podchaos", "PodChaos")
-NETWORKCHAOS = Kind("chaos-mesh.org", "v1alpha1", "networkchaos", "NetworkChaos")
-STRESSCHAOS = Kind("chaos-mesh.org", "v1alpha1", "stresschaos", "StressChaos")
-PODNETWORKCHAOS = Kind("chaos-mesh.org", "v1alpha1", "podnetworkchaos", "PodNetworkChaos")
 
 
 class ApiError(Exception):
