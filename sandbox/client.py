@@ -24,77 +24,29 @@ import orjson
 
 from gameday.kinds import (
     CONFIGMAPS as CONFIGMAPS,
-)
-from gameday.kinds import (
     CONTROLLERREVISIONS as CONTROLLERREVISIONS,
-)
-from gameday.kinds import (
     CRDS as CRDS,
-)
-from gameday.kinds import (
     DAEMONSETS as DAEMONSETS,
-)
-from gameday.kinds import (
     DEPLOYMENTS as DEPLOYMENTS,
-)
-from gameday.kinds import (
     ENDPOINTS as ENDPOINTS,
-)
-from gameday.kinds import (
     ENDPOINTSLICES as ENDPOINTSLICES,
-)
-from gameday.kinds import (
     EVENTS as EVENTS,
-)
-from gameday.kinds import (
     HPAS as HPAS,
-)
-from gameday.kinds import (
     JOBS as JOBS,
-)
-from gameday.kinds import (
     LEASES as LEASES,
-)
-from gameday.kinds import (
     NAMESPACES as NAMESPACES,
-)
-from gameday.kinds import (
     NETWORKCHAOS as NETWORKCHAOS,
-)
-from gameday.kinds import (
     NODES as NODES,
-)
-from gameday.kinds import (
     PDBS as PDBS,
-)
-from gameday.kinds import (
     PODCHAOS as PODCHAOS,
-)
-from gameday.kinds import (
     PODNETWORKCHAOS as PODNETWORKCHAOS,
-)
-from gameday.kinds import (
     PODS as PODS,
-)
-from gameday.kinds import (
     REPLICASETS as REPLICASETS,
-)
-from gameday.kinds import (
     SECRETS as SECRETS,
-)
-from gameday.kinds import (
     SERVICEACCOUNTS as SERVICEACCOUNTS,
-)
-from gameday.kinds import (
     SERVICES as SERVICES,
-)
-from gameday.kinds import (
     STATEFULSETS as STATEFULSETS,
-)
-from gameday.kinds import (
     STRESSCHAOS as STRESSCHAOS,
-)
-from gameday.kinds import (
     Kind as Kind,
 )
 
