@@ -1,0 +1,115 @@
+"""The few Linux calls that Python's standard library does not offer (yet): namespaces, mounts, prctl.
+
+Errors: `OSError` with the call's errno.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+
+_PR_SET_PDEATHSIG = 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def unshare(flags: int) -> None:
+    _check(_libc.unshare(flags), "unshare")
+
+
+def setns(fd: int, kind: int) -> None:
+    _check(_libc.setns(fd, kind), "setns")
+
+
+def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
+    done = _libc.mount(
+        source.encode(), target.encode(), fstype.encode() or None, ctypes.c_ulong(flags), data.encode() or None
+    )
+    _check(done, f"mount {source} on {target}")
+
+
+def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
+    """Get `sig` when the *thread* that forked this process ends."""
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+
+
+def sethostname(name: str) -> None:
+    raw = name.encode()
+    _check(_libc.sethostname(raw, len(raw)), "sethostname")
+
+
+@contextmanager
+def in_netns(fd: int) -> Iterator[None]:
+    """This thread inside the network namespace `fd`. Never await inside."""
+    here = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        setns(fd, CLONE_NEWNET)
+        try:
+            yield
+        finally:
+            setns(here, CLONE_NEWNET)
+    finally:
+        os.close(here)
+
+
+def new_netns() -> int:
+    """An anonymous network namespace; it lives as long as the returned fd and the processes in it."""
+    here = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        unshare(CLONE_NEWNET)
+        try:
+            return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            setns(here, CLONE_NEWNET)
+    finally:
+        os.close(here)
+
+
+@contextmanager
+def children_in_new_pidns() -> Iterator[None]:
+    """The first process forked inside becomes PID 1 of a new namespace (and a plain child of ours)."""
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        unshare(CLONE_NEWPID)
+        try:
+            yield
+        finally:
+            setns(own, CLONE_NEWPID)
+    finally:
+        os.close(own)
+
+
+def start_ticks(pid: int) -> int | None:
+    """When `pid` was started (clock ticks since boot): with the pid, a name that is never reused. None: gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123 – Path adds nothing here
+            fields = stat.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    if fields[0] in (b"Z", b"X"):
+        return None
+    return int(fields[19])

@@ -1,0 +1,317 @@
+"""A zygote: a small single-threaded process with every module loaded, that forks others on request.
+
+The supervisor's zygote makes the sandbox's services and machines; each machine is itself a zygote that
+makes its kubelet and its containers. It is PID 1 of its process namespace: when it dies, by whatever
+signal, the kernel kills everything in it at the same instant.
+
+Requests and reports are JSON messages on a seqpacket socket; file descriptors travel with them.
+`Zygote` is the process's own loop, `ZygoteClient` the asyncio side of whoever orders.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import importlib
+import os
+import random
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NoReturn
+
+import orjson
+import setproctitle
+
+from sandbox.node import linux, mounts
+from sandbox.node.mounts import Mount
+
+_MESSAGE = 200_000  # bytes; below the default of net.core.wmem_default
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """A process to make. `call` is "module:function" (argv → exit code), run without exec; else `argv` is exec'd.
+
+    `isolated`: process, mount, IPC and UTS namespaces of its own; with `mounts` (a container) also its own
+    /run and /tmp. The descriptors sent along are, in order, stdout, stderr, the network namespace (when
+    `netns`), and those the process keeps, whose numbers it finds in the environment as GAMEDAY_FDS.
+    """
+
+    id: str
+    title: str
+    argv: tuple[str, ...] = ()
+    call: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = "/"
+    netns: bool = False
+    isolated: bool = False
+    hostname: str = ""
+    mounts: tuple[Mount, ...] | None = None
+
+
+class StartError(Exception):
+    """The process could not be made: what the kernel said."""
+
+
+class Zygote:
+    """The loop of the process that forks. It ends when the other side of `sock` is closed."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._children: dict[int, str] = {}
+        self._pids: dict[str, int] = {}
+
+    def run(self) -> None:
+        wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(wake_r, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == wake_r:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(wake_r, 4096)
+                elif not self._serve():
+                    return
+            self._reap()
+
+    def _serve(self) -> bool:
+        raw, fds, _, _ = socket.recv_fds(self._sock, _MESSAGE, 16, socket.MSG_CMSG_CLOEXEC)
+        if not raw:
+            return False
+        request = orjson.loads(raw)
+        if request["op"] == "kill":
+            pid = self._pids.get(request["id"])
+            if pid is not None:
+                os.kill(pid, request["signal"])
+        elif request["op"] == "spawn":
+            self._spawn(request["spawn"], fds)
+        for fd in fds:
+            os.close(fd)
+        return True
+
+    def _spawn(self, order: dict[str, Any], fds: Sequence[int]) -> None:
+        ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
+        with linux.children_in_new_pidns() if order["isolated"] else contextlib.nullcontext():
+            pid = os.fork()
+        if pid == 0:
+            os.close(ready_r)
+            _become(order, fds, ready_w)
+        os.close(ready_w)
+        failure = b""
+        while chunk := os.read(ready_r, 4096):
+            failure += chunk
+        os.close(ready_r)
+        if failure:
+            os.waitpid(pid, 0)
+            self._tell({"op": "failed", "id": order["id"], "error": failure.decode(errors="replace")})
+            return
+        self._children[pid] = order["id"]
+        self._pids[order["id"]] = pid
+        self._tell({"op": "spawned", "id": order["id"], "pid": pid})
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            name = self._children.pop(pid, None)
+            if name is not None:  # else an orphan of some child: PID 1 reaps it
+                del self._pids[name]
+                self._tell({"op": "exited", "id": name, "code": os.waitstatus_to_exitcode(status)})
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._sock.send(orjson.dumps(message))
+
+
+def _become(order: dict[str, Any], fds: Sequence[int], ready: int) -> NoReturn:
+    """In the fork: turn into the ordered process, and never run on into the parent's code."""
+    code = 1
+    try:
+        code = _live(order, fds, ready)
+    except SystemExit as asked:
+        code = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
+    except KeyboardInterrupt:
+        code = 128 + int(signal.SIGINT)
+    except BaseException:  # noqa: BLE001 – whatever it is, this process ends here
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _live(order: dict[str, Any], fds: Sequence[int], ready: int) -> int:
+    try:
+        target = _prepare(order, fds, ready)
+        if target is None:
+            _exec(order["argv"])
+    except (OSError, ImportError, AttributeError) as failed:
+        os.write(ready, str(failed).encode()[:4000])
+        return 128
+    os.close(ready)
+    setproctitle.setproctitle(f"gameday: {order['title']}")
+    return target(list(order["argv"])) or 0
+
+
+def _prepare(order: dict[str, Any], fds: Sequence[int], ready: int) -> Callable[[list[str]], int | None] | None:
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL if order["call"] is None else signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    random.seed()
+    rest = list(fds)
+    out, err = rest.pop(0), rest.pop(0)
+    if order["netns"]:
+        linux.setns(rest.pop(0), linux.CLONE_NEWNET)
+    os.environ.clear()
+    os.environ.update(order["env"])
+    if rest:
+        os.environ["GAMEDAY_FDS"] = ",".join(map(str, rest))
+    target = _resolve(order["call"]) if order["call"] else None
+    if order["isolated"]:
+        linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWUTS | linux.CLONE_NEWIPC)
+        linux.sethostname(order["hostname"])
+        mounts.private_tree()
+        if order["mounts"] is None:
+            mounts.proc()
+        else:
+            mounts.apply([Mount(**item) for item in order["mounts"]])
+    os.chdir(order["cwd"])
+    null = os.open(os.devnull, os.O_RDONLY)
+    for fd, number in ((null, 0), (out, 1), (err, 2)):
+        os.dup2(fd, number)
+    for fd in rest:
+        os.set_inheritable(fd, True)
+    _close_others(keep=[*rest, ready])
+    return target
+
+
+def _resolve(call: str) -> Callable[[list[str]], int | None]:
+    module, _, name = call.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def _close_others(keep: Sequence[int]) -> None:
+    """Leave nothing of the zygote's open: no socket of the sandbox may leak into a container."""
+    wanted = {0, 1, 2, *keep}
+    for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        if (fd := int(entry)) not in wanted:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(fd)
+
+
+def _exec(argv: Sequence[str]) -> NoReturn:
+    try:
+        os.execvpe(argv[0], list(argv), os.environ)  # noqa: S606
+    except OSError as failed:
+        why = os.strerror(failed.errno or errno.ENOEXEC).lower()
+        raise OSError(failed.errno, f'exec: "{argv[0]}": stat {argv[0]}: {why}') from failed
+
+
+class ZygoteClient:
+    """Orders processes from a zygote. Lives in one asyncio loop; `start()` it there."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._starting: dict[str, asyncio.Future[int]] = {}
+        self._exits: dict[str, asyncio.Future[int]] = {}
+        self.lost = asyncio.Event()
+
+    def start(self) -> None:
+        asyncio.get_running_loop().add_reader(self._sock.fileno(), self._read)
+
+    async def spawn(self, order: Spawn, out: int, err: int, netns: int | None = None, keep: Sequence[int] = ()) -> int:
+        """Make the process; its pid in the zygote's namespace. Raises `StartError`. The fds stay ours to close."""
+        loop = asyncio.get_running_loop()
+        message = orjson.dumps({"op": "spawn", "spawn": asdict(order)})
+        fds = [out, err, *([netns] if netns is not None else []), *keep]
+        started: asyncio.Future[int] = loop.create_future()
+        self._starting[order.id] = started
+        self._exits[order.id] = loop.create_future()
+        try:
+            socket.send_fds(self._sock, [message], fds)
+        except OSError as lost:
+            del self._starting[order.id], self._exits[order.id]
+            raise StartError(f"the machine's first process is gone: {lost.strerror}") from lost
+        return await started
+
+    async def exited(self, name: str) -> int:
+        """Wait for the end of a spawned process: its exit code, or minus the signal."""
+        return await asyncio.shield(self._exits[name])
+
+    def running(self, name: str) -> bool:
+        exit_ = self._exits.get(name)
+        return exit_ is not None and not exit_.done()
+
+    def forget(self, name: str) -> None:
+        self._exits.pop(name, None)
+
+    def kill(self, name: str, sig: int) -> None:
+        """Send a signal; a process that is gone already is fine."""
+        with contextlib.suppress(OSError):
+            self._sock.send(orjson.dumps({"op": "kill", "id": name, "signal": int(sig)}))
+
+    def _read(self) -> None:
+        try:
+            raw = self._sock.recv(_MESSAGE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            raw = b""
+        if not raw:
+            self._gone()
+            return
+        report = orjson.loads(raw)
+        name = report["id"]
+        if report["op"] == "exited":
+            _settle(self._exits.get(name), report["code"])
+        elif report["op"] == "spawned":
+            _settle(self._starting.pop(name, None), report["pid"])
+        else:
+            self._exits.pop(name, None)
+            starting = self._starting.pop(name, None)
+            if starting and not starting.done():
+                starting.set_exception(StartError(report["error"]))
+
+    def _gone(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._sock.fileno())
+        for future in self._starting.values():
+            if not future.done():
+                future.set_exception(StartError("the machine's first process is gone"))
+        for future in self._exits.values():
+            _settle(future, -int(signal.SIGKILL))
+        self.lost.set()
+
+
+def _settle(future: asyncio.Future[int] | None, value: int) -> None:
+    if future and not future.done():
+        future.set_result(value)
+
+
+def freeze() -> None:
+    """Before forking: keep the collector from touching (and so copying) what is shared."""
+    gc.collect()
+    gc.freeze()
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
