@@ -1,0 +1,484 @@
+"""The cluster under test, through the Kubernetes API. The only module that imports `kubernetes`.
+
+The official client loads the kubeconfig (exec plugins, token refresh, proxies included) and carries
+the requests; objects stay plain JSON (`Obj`), since chaos resources have no types there and the typed
+client refuses whole lists for one odd object. What other modules work with are the frozen `Pod` and
+`Node`. Every call is bounded in time.
+
+Errors: `ClusterError` in one sentence; `Refused` carries the API's own Status.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import urllib3
+import yaml
+from kubernetes import client as k8s, config as k8s_config
+from kubernetes.client.exceptions import ApiException
+
+from gameday.errors import ClusterError
+from gameday.kinds import ENDPOINTSLICES, NODES, PODS, REVIEWS, Kind
+
+Obj = dict[str, Any]
+Objs = list[Obj]
+ZONE_LABEL = "topology.kubernetes.io/zone"
+
+CALL_TIMEOUT = 10.0  # seconds for one request; a heal must not hang on a dead API server
+QUIET = 3.0  # seconds without a byte after which a stream is taken up anew (so that its thread sees a stop)
+_PATCH = {
+    "merge": "application/merge-patch+json",
+    "strategic": "application/strategic-merge-patch+json",
+    "json": "application/json-patch+json",
+}
+
+
+class Refused(ClusterError):
+    """The API answered with an error Status; `code` is HTTP's, `reason` Kubernetes' word."""
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+
+
+class Unreachable(ClusterError):
+    """No answer from the API server (connection, TLS, timeout)."""
+
+
+class Quiet(ClusterError):
+    """A stream said nothing for `QUIET` seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    name: str
+    namespace: str
+    uid: str
+    node: str
+    zone: str  # of its node; "" where the node has none
+    ip: str
+    phase: str
+    ready: bool
+    terminating: bool
+    labels: Mapping[str, str]
+    gpus: int
+    host_network: bool
+    ports: tuple[int, ...]
+    restarts: int
+    owner: str  # "ReplicaSet/my-llama32-6d4f", "" for a bare pod
+    waiting: str  # the reason for which a container waits, "" when none does
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    name: str
+    uid: str
+    zone: str
+    ready: bool
+    unschedulable: bool
+    gpus: int  # allocatable
+    conditions: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # type → (status, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    type: Literal["ADDED", "MODIFIED", "DELETED"]
+    object: Obj
+
+
+class Cluster:
+    """One named cluster. Thread-safe: urllib3's pool carries every thread's requests."""
+
+    def __init__(self, api: Any, name: str, namespace: str) -> None:
+        self._api = api
+        self.name = name
+        self.namespace = namespace
+
+    @classmethod
+    def connect(
+        cls, *, context: str | None, kubeconfig: Path | None = None, in_cluster: bool = False, namespace: str
+    ) -> Cluster:
+        """Connect to the cluster that the user named; nothing is ever implied by a current-context."""
+        conf = k8s.Configuration()
+        try:
+            if in_cluster:
+                k8s_config.load_incluster_config(client_configuration=conf)
+                name = "in-cluster"
+            else:
+                if not context:
+                    raise ClusterError("No cluster is named: give --context NAME, --in-cluster or GAMEDAY_CONTEXT.")
+                files = _kubeconfig(str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG", ""), context)
+                k8s_config.load_kube_config(config_file=files, context=context, client_configuration=conf)
+                name = context
+        except k8s_config.ConfigException as wrong:
+            raise ClusterError(f"The kubeconfig cannot be used: {wrong}") from wrong
+        conf.retries = False
+        conf.connection_pool_maxsize = 32
+        return cls(k8s.ApiClient(conf), name, namespace)
+
+    # ── requests ────────────────────────────────────────────────────────────────────────────
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: object = None,
+        content: str = "application/json",
+        timeout: float | tuple[float, float] = CALL_TIMEOUT,
+    ) -> Any:
+        headers = {"Accept": "application/json"}
+        if body is not None:
+            headers["Content-Type"] = content
+        request = self._api.param_serialize(
+            method=method,
+            resource_path=path,
+            query_params=list((query or {}).items()),
+            header_params=headers,
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        try:
+            answer = self._api.call_api(*request, _request_timeout=timeout)
+        except ApiException as refused:
+            raise _refused(refused.status or 0, refused.body or refused.reason or "") from refused
+        except (urllib3.exceptions.HTTPError, OSError) as lost:
+            raise Unreachable(f"The API server of {self.name!r} does not answer: {_root(lost)}") from lost
+        raw = answer.response
+        if raw.status >= 400:
+            raise _refused(raw.status, raw.read())
+        return raw
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: object = None,
+        content: str = "application/json",
+        timeout: float = CALL_TIMEOUT,
+    ) -> Obj:
+        raw = self._send(method, path, query=query, body=body, content=content, timeout=timeout)
+        try:
+            return json.loads(raw.read() or b"{}")  # type: ignore[no-any-return]
+        except (urllib3.exceptions.HTTPError, OSError) as lost:
+            raise Unreachable(f"The API server of {self.name!r} broke off its answer: {lost}") from lost
+        except json.JSONDecodeError as wrong:
+            raise ClusterError(f"{self.name!r} does not answer like a Kubernetes API (not JSON at {path})") from wrong
+
+    def version(self) -> str:
+        return str(self.call("GET", "/version", timeout=5).get("gitVersion", "unknown"))
+
+    def get(self, kind: Kind, name: str, namespace: str | None = None) -> Obj:
+        return self.call("GET", kind.path(namespace, name))
+
+    def find(self, kind: Kind, name: str, namespace: str | None = None) -> Obj | None:
+        """The object, or None where there is none."""
+        try:
+            return self.get(kind, name, namespace)
+        except Refused as refused:
+            if refused.code == 404:
+                return None
+            raise
+
+    def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Objs:
+        return self._list(kind, namespace, labels, fields)[0]
+
+    def _list(self, kind: Kind, namespace: str | None, labels: str, fields: str) -> tuple[Objs, str]:
+        found = self.call("GET", kind.path(namespace), query=_selectors(labels, fields))
+        items = found.get("items") or []
+        for item in items:  # lists leave these out of their items
+            item.setdefault("kind", kind.kind)
+            item.setdefault("apiVersion", kind.api_version)
+        return items, found.get("metadata", {}).get("resourceVersion", "")
+
+    def create(self, kind: Kind, obj: Obj, *, dry_run: bool = False) -> Obj:
+        query = {"dryRun": "All", "fieldValidation": "Strict"} if dry_run else None
+        return self.call("POST", kind.path(obj["metadata"].get("namespace")), body=obj, query=query)
+
+    def replace(self, kind: Kind, obj: Obj) -> Obj:
+        meta = obj["metadata"]
+        return self.call("PUT", kind.path(meta.get("namespace"), meta["name"]), body=obj)
+
+    def patch(
+        self,
+        kind: Kind,
+        name: str,
+        patch: Obj | Sequence[Obj],
+        namespace: str | None = None,
+        *,
+        sub: str | None = None,
+        type: Literal["merge", "strategic", "json"] = "merge",
+    ) -> Obj:
+        return self.call("PATCH", kind.path(namespace, name, sub), body=patch, content=_PATCH[type])
+
+    def delete(self, kind: Kind, name: str, namespace: str | None = None, *, grace: int | None = None) -> bool:
+        """Delete in the background; False when it was not there."""
+        options: Obj = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
+        if grace is not None:
+            options["gracePeriodSeconds"] = grace
+        try:
+            self.call("DELETE", kind.path(namespace, name), body=options)
+        except Refused as refused:
+            if refused.code == 404:
+                return False
+            raise
+        return True
+
+    def can(self, verb: str, kind: Kind, namespace: str | None = None, sub: str = "") -> bool:
+        """Whether we may, by SelfSubjectAccessReview."""
+        attributes = {"verb": verb, "group": kind.group, "resource": kind.plural, "namespace": namespace or ""}
+        if sub:
+            attributes["subresource"] = sub
+        review = {
+            "apiVersion": REVIEWS.api_version,
+            "kind": REVIEWS.kind,
+            "spec": {"resourceAttributes": attributes},
+        }
+        return bool(self.call("POST", REVIEWS.path(), body=review).get("status", {}).get("allowed"))
+
+    def served(self, group_version: str) -> frozenset[str]:
+        """The plurals that the API serves in "group/version"; empty where it does not know it."""
+        try:
+            found = self.call("GET", f"/apis/{group_version}")
+        except Refused as refused:
+            if refused.code == 404:
+                return frozenset()
+            raise
+        return frozenset(resource["name"] for resource in found.get("resources", []))
+
+    # ── what is there ───────────────────────────────────────────────────────────────────────
+
+    def nodes(self) -> tuple[Node, ...]:
+        return tuple(to_node(obj) for obj in self.list(NODES))
+
+    def zones_of_nodes(self) -> dict[str, str]:
+        return {node.name: node.zone for node in self.nodes()}
+
+    def pods(
+        self, *, labels: str = "", namespace: str | None = None, zones: Mapping[str, str] | None = None
+    ) -> tuple[Pod, ...]:
+        """Pods of the namespace; `zones` (node → zone) saves a look-up."""
+        zones = self.zones_of_nodes() if zones is None else zones
+        return tuple(to_pod(obj, zones) for obj in self.list(PODS, namespace or self.namespace, labels=labels))
+
+    def ready_endpoints(self, service: str) -> frozenset[str]:
+        """Names of the pods that the Service's EndpointSlices call ready."""
+        slices = self.list(ENDPOINTSLICES, self.namespace, labels=f"kubernetes.io/service-name={service}")
+        return frozenset(
+            endpoint["targetRef"]["name"]
+            for one in slices
+            for endpoint in one.get("endpoints") or []
+            if endpoint.get("conditions", {}).get("ready") and "targetRef" in endpoint
+        )
+
+    # ── streams ─────────────────────────────────────────────────────────────────────────────
+
+    def watch(
+        self,
+        kind: Kind,
+        namespace: str | None,
+        on_event: Callable[[Watched], None],
+        stop: threading.Event,
+        *,
+        labels: str = "",
+    ) -> None:
+        """List, then watch, until `stop`; lists again after 410 and lost connections. Blocks: run in a thread.
+
+        What was listed arrives as ADDED; what vanished while the watch was down arrives as DELETED.
+        """
+        known: dict[str, Obj] = {}
+        while not stop.is_set():
+            try:
+                items, version = self._list(kind, namespace, labels, "")
+                for event in _differences(known, items):
+                    on_event(event)
+                while not stop.is_set():
+                    version = self._follow(kind, namespace, labels, version, known, on_event, stop)
+            except ClusterError:
+                stop.wait(0.5)  # whoever needs freshness looks at the time of the last event
+
+    def _follow(
+        self,
+        kind: Kind,
+        namespace: str | None,
+        labels: str,
+        since: str,
+        known: dict[str, Obj],
+        on_event: Callable[[Watched], None],
+        stop: threading.Event,
+    ) -> str:
+        """One watch request; returns the version at which the next one goes on."""
+        query = {"watch": "1", "resourceVersion": since, "timeoutSeconds": "60", **_selectors(labels, "")}
+        raw = self._send("GET", kind.path(namespace), query=query, timeout=(5, QUIET))
+        try:
+            for line in _lines(raw, stop):
+                found = json.loads(line)
+                if found["type"] == "ERROR":
+                    status = found["object"]
+                    raise Refused(status.get("code", 500), status.get("reason", ""), status.get("message", ""))
+                since = found["object"]["metadata"]["resourceVersion"]
+                if found["type"] == "BOOKMARK":
+                    continue
+                event = Watched(found["type"], found["object"])
+                _remember(known, event)
+                on_event(event)
+        except Quiet:
+            pass  # nothing changed for a while: a chance to see `stop`
+        finally:
+            raw.close()
+        return since
+
+    def logs(self, pod: str, namespace: str, stop: threading.Event, *, container: str | None = None) -> Iterator[str]:
+        """Lines of a pod's log as they are written, until it ends or `stop`.
+
+        Raises `Quiet` after `QUIET` seconds without a line, `Unreachable` when the connection breaks.
+        """
+        query = {"follow": "true"} | ({"container": container} if container else {})
+        raw = self._send("GET", PODS.path(namespace, pod, "log"), query=query, timeout=(5, QUIET))
+        try:
+            yield from _lines(raw, stop)
+        finally:
+            raw.close()
+
+
+def to_node(obj: Obj) -> Node:
+    status = obj.get("status", {})
+    conditions = {c["type"]: (c.get("status", ""), c.get("reason", "")) for c in status.get("conditions") or []}
+    return Node(
+        name=obj["metadata"]["name"],
+        uid=obj["metadata"]["uid"],
+        zone=obj["metadata"].get("labels", {}).get(ZONE_LABEL, ""),
+        ready=conditions.get("Ready", ("", ""))[0] == "True",
+        unschedulable=bool(obj.get("spec", {}).get("unschedulable")),
+        gpus=int(status.get("allocatable", {}).get("nvidia.com/gpu", 0)),
+        conditions=conditions,
+    )
+
+
+def to_pod(obj: Obj, zones: Mapping[str, str]) -> Pod:
+    meta, spec, status = obj["metadata"], obj.get("spec", {}), obj.get("status", {})
+    conditions = {c["type"]: c.get("status") for c in status.get("conditions") or []}
+    statuses = status.get("containerStatuses") or []
+    owners = meta.get("ownerReferences") or []
+    waiting = [s["state"]["waiting"].get("reason", "") for s in statuses if "waiting" in (s.get("state") or {})]
+    return Pod(
+        name=meta["name"],
+        namespace=meta["namespace"],
+        uid=meta["uid"],
+        node=spec.get("nodeName") or "",
+        zone=zones.get(spec.get("nodeName") or "", ""),
+        ip=status.get("podIP", ""),
+        phase=status.get("phase", ""),
+        ready=conditions.get("Ready") == "True" and "deletionTimestamp" not in meta,
+        terminating="deletionTimestamp" in meta,
+        labels=meta.get("labels") or {},
+        gpus=sum(
+            int((c.get("resources", {}).get("limits") or {}).get("nvidia.com/gpu", 0))
+            for c in spec.get("containers", [])
+        ),
+        host_network=bool(spec.get("hostNetwork")),
+        ports=tuple(
+            port["containerPort"]
+            for c in spec.get("containers", [])
+            for port in c.get("ports") or []
+            if port.get("protocol", "TCP") == "TCP"
+        ),
+        restarts=sum(s.get("restartCount", 0) for s in statuses),
+        owner=f"{owners[0]['kind']}/{owners[0]['name']}" if owners else "",
+        waiting=waiting[0] if waiting else "",
+    )
+
+
+def _remember(known: dict[str, Obj], event: Watched) -> None:
+    uid = event.object["metadata"]["uid"]
+    if event.type == "DELETED":
+        known.pop(uid, None)
+    else:
+        known[uid] = event.object
+
+
+def _differences(known: dict[str, Obj], items: Objs) -> Iterator[Watched]:
+    """What changed between what we knew and a fresh list; `known` is brought up to date."""
+    fresh = {item["metadata"]["uid"]: item for item in items}
+    for uid in [uid for uid in known if uid not in fresh]:
+        yield Watched("DELETED", known.pop(uid))
+    for uid, item in fresh.items():
+        old = known.get(uid)
+        if old is None or old["metadata"]["resourceVersion"] != item["metadata"]["resourceVersion"]:
+            known[uid] = item
+            yield Watched("MODIFIED" if old else "ADDED", item)
+
+
+def _lines(raw: Any, stop: threading.Event) -> Iterator[str]:
+    rest = b""
+    try:
+        for chunk in raw.stream(amt=None, decode_content=False):
+            rest += chunk
+            *lines, rest = rest.split(b"\n")
+            for line in lines:
+                if line:
+                    yield line.decode(errors="replace")
+            if stop.is_set():
+                return
+    except (urllib3.exceptions.ReadTimeoutError, TimeoutError) as quiet:
+        raise Quiet(f"no word for {QUIET:.0f} s") from quiet
+    except (urllib3.exceptions.HTTPError, OSError) as lost:
+        raise Unreachable(f"The stream from the API server broke: {lost}") from lost
+
+
+def _selectors(labels: str, fields: str) -> dict[str, str]:
+    return ({"labelSelector": labels} if labels else {}) | ({"fieldSelector": fields} if fields else {})
+
+
+def _refused(code: int, body: str | bytes) -> ClusterError:
+    text = body.decode(errors="replace") if isinstance(body, bytes) else body
+    try:
+        status = json.loads(text)
+    except json.JSONDecodeError:
+        status = {}
+    if not isinstance(status, dict):
+        status = {}
+    message = status.get("message") or text.strip()[:200] or f"HTTP {code}"
+    if code == 401:
+        message = "the API server does not know these credentials (401): log in again, or name another --kubeconfig"
+    return Refused(code, status.get("reason", ""), message)
+
+
+def _root(error: BaseException) -> str:
+    """The innermost cause in words: `Connection refused`, not five lines of urllib3."""
+    reason = getattr(error, "reason", None) or error
+    text = str(getattr(reason, "args", [reason])[-1] if getattr(reason, "args", None) else reason)
+    return text.split(": ", 1)[-1] if "object at 0x" in text else text
+
+
+def _kubeconfig(named: str, context: str) -> str:
+    """The kubeconfig files (a colon list) that exist; a missing file or context is said plainly.
+
+    The client by itself would fall back to http://localhost (facts/peers.md).
+    """
+    paths = [Path(part).expanduser() for part in (named or "~/.kube/config").split(os.pathsep) if part]
+    files = os.pathsep.join(str(path) for path in paths if path.is_file())
+    if not files:
+        raise ClusterError(f"No kubeconfig at {named or '~/.kube/config'}: name one with --kubeconfig FILE.")
+    try:
+        contexts, _ = k8s_config.list_kube_config_contexts(config_file=files)
+    except (k8s_config.ConfigException, yaml.YAMLError) as wrong:
+        raise ClusterError(f"The kubeconfig {files} cannot be used: {wrong}") from wrong
+    names = [found["name"] for found in contexts or []]
+    if context not in names:
+        raise ClusterError(f"Context {context!r} is not in {files}; it has: {', '.join(names) or 'none'}.")
+    return files
