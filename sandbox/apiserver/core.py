@@ -1,0 +1,406 @@
+"""What the API server does, without HTTP: create, read, list, update, patch, delete, watch.
+
+Every write is one synchronous step, so nothing can come between its read and its write.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+
+from sandbox.apiserver import conversion, defaults, errors, patch, strategy, validation
+from sandbox.apiserver.authn import MASTER, Identity
+from sandbox.apiserver.crds import CustomTypes
+from sandbox.apiserver.resources import Registry, Resource
+from sandbox.apiserver.selectors import FieldSelector, LabelSelector
+from sandbox.apiserver.store import Change, ChangeType, Compacted, Store, Stored
+from sandbox.client import ApiError, Obj
+from sandbox.options import COMPRESSED, Clocks
+
+SUFFIX_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # no vowels: no words; as the real server's
+_SYSTEM_META = ("uid", "creationTimestamp", "generation", "deletionTimestamp", "deletionGracePeriodSeconds", "selfLink")
+FOREGROUND, ORPHAN = "foregroundDeletion", "orphan"
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """How a write is meant, besides its body."""
+
+    user: Identity = MASTER
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What a list or watch asks for."""
+
+    labels: LabelSelector = LabelSelector()
+    fields: FieldSelector = FieldSelector()
+
+    def matches(self, obj: Obj) -> bool:
+        return self.labels.matches(obj["metadata"].get("labels")) and self.fields.matches(obj)
+
+
+ALL = Query()
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    items: Sequence[Stored]
+    version: int
+    cont: str = ""
+    remaining: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    type: ChangeType
+    stored: Stored
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def at(seconds: float) -> str:
+    """The time `seconds` from now."""
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Core:
+    def __init__(self, clocks: Clocks = COMPRESSED) -> None:
+        self.clocks = clocks
+        self.store = Store()
+        self.registry = Registry()
+        self.custom = CustomTypes(self)
+        self._snapshots: dict[str, tuple[Sequence[Stored], int]] = {}
+
+    # -- reading
+
+    def get(self, res: Resource, namespace: str, name: str) -> Stored:
+        found = self.store.get(res.key, namespace, name)
+        if found is None:
+            raise errors.not_found(res.group, res.plural, name)
+        return found
+
+    def select(self, res: Resource, namespace: str | None, query: Query = ALL) -> list[Stored]:
+        if query is ALL:
+            return list(self.store.list(res.key, namespace))
+        if query.fields.name is not None and namespace is not None:
+            found = self.store.get(res.key, namespace, query.fields.name)
+            return [found] if found and query.matches(found.obj) else []
+        return [stored for stored in self.store.list(res.key, namespace) if query.matches(stored.obj)]
+
+    def page(self, res: Resource, namespace: str | None, query: Query, limit: int, cont: str) -> Page:
+        """One page of a list; pages that follow come from the state of the first."""
+        if cont:
+            items, version, start = self._continued(cont)
+        else:
+            items, version, start = self.select(res, namespace, query), self.store.version, 0
+        if not limit or start + limit >= len(items):
+            return Page(items[start:] if start else items, version)
+        ident = cont and _decode_continue(cont)["id"] or secrets.token_hex(8)
+        self._snapshots[ident] = (items, version)
+        while len(self._snapshots) > 64:
+            del self._snapshots[next(iter(self._snapshots))]
+        end = start + limit
+        token = base64.urlsafe_b64encode(orjson.dumps({"id": ident, "start": end})).decode()
+        exact = query.labels.requirements == () and query.fields.terms == ()
+        return Page(items[start:end], version, token, len(items) - end if exact else None)
+
+    def _continued(self, cont: str) -> tuple[Sequence[Stored], int, int]:
+        token = _decode_continue(cont)
+        if token["id"] not in self._snapshots:
+            raise errors.expired(
+                "The provided continue parameter is too old to display a consistent list result. You can start a new "
+                "list without the continue parameter, or use the continue token in this response to retrieve the "
+                "remainder of the results. Continuing with the provided token results in an inconsistent list - "
+                "objects that were created, modified, or deleted between the time the first chunk was returned and "
+                "now may show up in the list."
+            )
+        items, version = self._snapshots[token["id"]]
+        return items, version, token["start"]
+
+    async def watch(
+        self, res: Resource, namespace: str | None, query: Query, since: int
+    ) -> AsyncIterator[list[Event]]:
+        """Batches of what happens after `since`. Raises ApiError(410) when that is too long ago."""
+        try:
+            subscription = self.store.subscribe(res.key, since)
+        except Compacted as gone:
+            raise errors.expired(f"too old resource version: {since} ({gone.oldest})") from gone
+        try:
+            while True:
+                changes = await subscription.take()
+                events = [event for change in changes if (event := _seen(change, namespace, query))]
+                if events:
+                    yield events
+                if subscription.ended:
+                    return
+        finally:
+            self.store.unsubscribe(subscription)
+
+    # -- writing
+
+    def create(self, res: Resource, namespace: str, body: Obj, write: Write) -> Stored:
+        obj = self._received(res, namespace, body)
+        meta = obj["metadata"]
+        if res.namespaced:
+            self._check_namespace(res, namespace, meta)
+        name = meta.get("name")
+        if not name and meta.get("generateName"):
+            name = self._generate(res, namespace, meta["generateName"])
+            meta["name"] = name
+        for key in ("deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "resourceVersion", "generation"):
+            meta.pop(key, None)
+        meta["uid"] = str(uuid.uuid4())
+        meta["creationTimestamp"] = now()
+        strategy.before_create(self, res, obj, write.user)
+        defaults.apply(res, obj, self)
+        validation.check_create(res, obj)
+        strategy.admit_create(self, res, obj, write.user)
+        if self.store.get(res.key, namespace, meta["name"]) is not None:
+            raise errors.already_exists(res.group, res.plural, meta["name"])
+        obj = _ordered(obj)
+        if write.dry_run:
+            return Stored(obj, orjson.dumps(obj), 0)
+        stored = self.store.put(res.key, obj)
+        return self.store.get(res.key, namespace, meta["name"]) or stored
+
+    def _received(self, res: Resource, namespace: str, body: Obj) -> Obj:
+        """The body in the form in which it is stored, its namespace settled."""
+        obj = conversion.to_storage(res, dict(body))
+        meta = dict(obj.get("metadata") or {})
+        if res.namespaced:
+            if meta.setdefault("namespace", namespace) != namespace:
+                raise errors.bad_request(
+                    "the namespace of the provided object does not match the namespace sent on the request"
+                )
+        elif meta.pop("namespace", None):
+            raise errors.bad_request("namespace may not be set on a cluster-scoped object")
+        obj["metadata"] = meta
+        return obj
+
+    def _check_namespace(self, res: Resource, namespace: str, meta: Obj) -> None:
+        found = self.store.get("namespaces", "", namespace)
+        if found is None:
+            raise errors.not_found("", "namespaces", namespace)
+        if found.obj["metadata"].get("deletionTimestamp"):
+            why = f"unable to create new content in namespace {namespace} because it is being terminated"
+            error = errors.forbidden(res.group, res.plural, meta.get("name") or "", why)
+            cause = {
+                "reason": "NamespaceTerminating",
+                "message": f"namespace {namespace} is being terminated",
+                "field": "metadata.namespace",
+            }
+            error.details["causes"] = [cause]
+            raise error
+
+    def _generate(self, res: Resource, namespace: str, prefix: str) -> str:
+        while True:
+            name = prefix[:58] + "".join(secrets.choice(SUFFIX_ALPHABET) for _ in range(5))
+            if self.store.get(res.key, namespace, name) is None:
+                return name
+
+    def update(self, res: Resource, namespace: str, name: str, body: Obj, write: Write, sub: str = "") -> Stored:
+        old = self.store.get(res.key, namespace, name)
+        if old is None:
+            if not sub and strategy.creates_on_update(res):
+                return self.create(res, namespace, body, write)
+            raise errors.not_found(res.group, res.plural, name)
+        new = self._received(res, namespace, body)
+        meta = new["metadata"]
+        if meta.get("name") != name:
+            raise errors.bad_request(
+                f"the name of the object ({meta.get('name', '')}) does not match the name on the URL ({name})"
+            )
+        version = meta.get("resourceVersion")
+        if not version and strategy.needs_version(res):
+            cause = errors.Cause("FieldValueInvalid", "Invalid value: 0: must be specified for an update",
+                                 "metadata.resourceVersion")
+            raise errors.invalid(res.group, res.kind, name, [cause])
+        if meta.get("uid") and meta["uid"] != old.obj["metadata"]["uid"]:
+            raise _uid_mismatch(res, name, meta["uid"], old.obj["metadata"]["uid"])
+        if version and version not in ("0", str(old.version)):
+            raise errors.stale(res.group, res.plural, name)
+        return self._replace(res, old, new, write, sub)
+
+    def edit(
+        self, res: Resource, namespace: str, name: str, change: Callable[[Obj], Any], write: Write, sub: str = ""
+    ) -> Stored:
+        """Read, change, write: for patches and the server's own changes. `change` edits or returns the new object."""
+        old = self.get(res, namespace, name)
+        fresh = old.copy()
+        changed = change(fresh)
+        return self.update(res, namespace, name, fresh if changed is None else changed, write, sub)
+
+    def patch(
+        self, res: Resource, namespace: str, name: str, kind: str, body: Any, write: Write, sub: str = ""
+    ) -> Stored:
+        old = self.get(res, namespace, name)
+        shown = conversion.from_storage(res, old.copy())
+        new = patch.apply(kind, shown, body, custom=res.custom is not None)
+        if isinstance(new.get("metadata"), dict):
+            new["metadata"].setdefault("name", name)
+            new["metadata"].setdefault("resourceVersion", str(old.version))
+        return self.update(res, namespace, name, new, write, sub)
+
+    def _replace(self, res: Resource, old: Stored, new: Obj, write: Write, sub: str) -> Stored:
+        meta, before = new["metadata"], old.obj["metadata"]
+        for key in _SYSTEM_META:
+            meta.pop(key, None)
+            if key in before:
+                meta[key] = before[key]
+        meta["resourceVersion"] = before["resourceVersion"]
+        new = strategy.before_update(self, res, new, old.obj, sub)
+        defaults.apply(res, new, self)
+        validation.check_update(res, new, old.obj, sub)
+        strategy.admit_update(self, res, new, old.obj, write.user, sub)
+        new = _ordered(new)
+        if new == old.obj:
+            return old
+        strategy.count_generation(res, new, old.obj)
+        if write.dry_run:
+            return Stored(new, orjson.dumps(new), old.version)
+        if self._is_finished(res, new):
+            return self.store.remove(res.key, new)
+        return self.store.put(res.key, new)
+
+    def _is_finished(self, res: Resource, obj: Obj) -> bool:
+        """A deletion that only waited for finalizers, and has none left."""
+        meta = obj["metadata"]
+        if not meta.get("deletionTimestamp") or meta.get("finalizers") or meta.get("deletionGracePeriodSeconds"):
+            return False
+        return not (res.key == "namespaces" and (obj.get("spec") or {}).get("finalizers"))
+
+    # -- deleting
+
+    def delete(self, res: Resource, namespace: str, name: str, options: Obj, write: Write) -> tuple[Stored, bool]:
+        """Delete or begin to; returns the last state and whether the object is gone."""
+        old = self.get(res, namespace, name)
+        self._check_preconditions(res, old, options.get("preconditions") or {})
+        strategy.admit_delete(res, old.obj)
+        obj = old.copy()
+        meta = obj["metadata"]
+        self._set_propagation(res, obj, options)
+        grace = strategy.grace(res, obj, options.get("gracePeriodSeconds"))
+        waits = bool(meta.get("finalizers")) or (res.key == "namespaces" and bool(obj["spec"].get("finalizers")))
+        if meta.get("deletionTimestamp") and not self._hastens(meta, grace, waits):
+            return self._keep(res, old, obj, write), False
+        if not grace and not waits:
+            return (old if write.dry_run else self.store.remove(res.key, obj)), True
+        started = meta.get("deletionTimestamp")
+        if not started or grace < meta.get("deletionGracePeriodSeconds", 0):
+            meta["deletionTimestamp"] = at(grace) if not started or grace else started
+            meta["deletionGracePeriodSeconds"] = grace
+        if not started and "generation" in meta:
+            meta["generation"] += 1
+        strategy.on_delete(res, obj)
+        return self._keep(res, old, obj, write), False
+
+    @staticmethod
+    def _hastens(meta: Obj, grace: int, waits: bool) -> bool:
+        left = meta.get("deletionGracePeriodSeconds", 0)
+        return grace < left or (not waits and not grace)
+
+    def _keep(self, res: Resource, old: Stored, obj: Obj, write: Write) -> Stored:
+        if obj == old.obj:
+            return old
+        obj = _ordered(obj)
+        if write.dry_run:
+            return Stored(obj, orjson.dumps(obj), old.version)
+        return self.store.put(res.key, obj)
+
+    @staticmethod
+    def _check_preconditions(res: Resource, old: Stored, wanted: Obj) -> None:
+        meta = old.obj["metadata"]
+        if (uid := wanted.get("uid")) and uid != meta["uid"]:
+            raise _uid_mismatch(res, meta["name"], uid, meta["uid"])
+        if (version := wanted.get("resourceVersion")) and version != meta["resourceVersion"]:
+            why = (
+                f"Precondition failed: ResourceVersion in precondition: {version}, "
+                f"ResourceVersion in object meta: {meta['resourceVersion']}"
+            )
+            raise errors.conflict(res.group, res.plural, meta["name"], why)
+
+    @staticmethod
+    def _set_propagation(res: Resource, obj: Obj, options: Obj) -> None:
+        """Foreground and orphan deletion are finalizers that the garbage collector removes."""
+        policy = options.get("propagationPolicy")
+        if options.get("orphanDependents"):
+            policy = "Orphan"
+        if not policy:
+            return
+        meta = obj["metadata"]
+        kept = [entry for entry in meta.get("finalizers") or [] if entry not in (FOREGROUND, ORPHAN)]
+        if policy == "Foreground":
+            kept.append(FOREGROUND)
+        elif policy == "Orphan":
+            kept.append(ORPHAN)
+        if kept:
+            meta["finalizers"] = kept
+        else:
+            meta.pop("finalizers", None)
+
+    def delete_all(
+        self, res: Resource, namespace: str | None, query: Query, options: Obj, write: Write
+    ) -> list[Stored]:
+        found = self.select(res, namespace, query)
+        for stored in found:
+            meta = stored.obj["metadata"]
+            try:
+                self.delete(res, meta.get("namespace", ""), meta["name"], options, write)
+            except ApiError as error:
+                if not error.not_found:
+                    raise
+        return found
+
+
+def _decode_continue(token: str) -> Obj:
+    try:
+        decoded = orjson.loads(base64.urlsafe_b64decode(token))
+    except ValueError as wrong:
+        raise errors.bad_request("continue key is not valid: illegal base64 data") from wrong
+    if not isinstance(decoded, dict) or not {"id", "start"} <= decoded.keys():
+        raise errors.bad_request("continue key is not valid")
+    return decoded
+
+
+def _uid_mismatch(res: Resource, name: str, wanted: str, have: str) -> ApiError:
+    why = f"Precondition failed: UID in precondition: {wanted}, UID in object meta: {have}"
+    return errors.conflict(res.group, res.plural, name, why)
+
+
+def _seen(change: Change, namespace: str | None, query: Query) -> Event | None:
+    """A change as a watch with this selector sees it: entering is ADDED, leaving is DELETED."""
+    if namespace is not None and change.new.obj["metadata"].get("namespace", "") != namespace:
+        return None
+    if query is ALL:
+        return Event(change.type, change.new)
+    had = change.old is not None and query.matches(change.old.obj)
+    has = change.type != "DELETED" and query.matches(change.new.obj)
+    if has:
+        return Event("MODIFIED" if had else "ADDED", change.new)
+    if not had:
+        return None
+    if change.type == "DELETED" or change.old is None:
+        return Event("DELETED", change.new)
+    last = change.old.copy()  # as it was while it still matched, at the version of the change
+    last["metadata"]["resourceVersion"] = str(change.version)
+    return Event("DELETED", replace(change.old, obj=last, raw=orjson.dumps(last), version=change.version))
+
+
+_ORDER = ("kind", "apiVersion", "metadata", "spec", "status")
+
+
+def _ordered(obj: Obj) -> Obj:
+    """Keys in the order in which the real server serves them; lists cut off `kind` and `apiVersion`."""
+    head = {key: obj[key] for key in _ORDER if key in obj}
+    return {**head, **{key: value for key, value in obj.items() if key not in head}}

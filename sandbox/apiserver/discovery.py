@@ -1,0 +1,121 @@
+"""Discovery, version, health."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from sandbox.apiserver.core import Core
+from sandbox.apiserver.resources import Resource
+from sandbox.client import Obj
+
+_SUB_VERBS: dict[str, tuple[str, ...]] = {
+    "binding": ("create",), "eviction": ("create",), "token": ("create",), "log": ("get",),
+    "exec": ("create", "get"), "finalize": ("update",),
+}
+_SUB_KINDS: dict[str, tuple[str, str, str]] = {
+    "scale": ("autoscaling", "v1", "Scale"),
+    "eviction": ("policy", "v1", "Eviction"),
+    "binding": ("", "v1", "Binding"),
+    "token": ("authentication.k8s.io", "v1", "TokenRequest"),
+    "exec": ("", "v1", "PodExecOptions"),
+}
+VERSION: Obj = {
+    "major": "1",
+    "minor": "36",
+    "gitVersion": "v1.36.0-gameday",
+    "gitCommit": "0000000000000000000000000000000000000000",
+    "gitTreeState": "clean",
+    "buildDate": "2026-04-22T00:00:00Z",
+    "goVersion": "go1.26.0",
+    "compiler": "gc",
+    "platform": "linux/amd64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    body: bytes
+    media_type: str = "application/json"
+    status: int = 200
+
+
+def _json(obj: Any) -> Answer:
+    return Answer(orjson.dumps(obj))
+
+
+class Discovery:
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def answer(self, path: str, accept: str) -> Answer | None:
+        """None: nothing is served there."""
+        parts = [part for part in path.split("/") if part]
+        match parts:
+            case ["version"]:
+                return _json(VERSION)
+            case ["healthz" | "livez" | "readyz", *_]:
+                return Answer(b"ok", "text/plain; charset=utf-8")
+            case ["api"]:
+                return _json({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []})
+            case ["apis"]:
+                return _json({"kind": "APIGroupList", "apiVersion": "v1", "groups": self._groups()})
+            case ["api", version]:
+                return self._resources("", version)
+            case ["apis", group]:
+                return self._group(group)
+            case ["apis", group, version]:
+                return self._resources(group, version)
+            case _:
+                return None
+
+    def _groups(self) -> list[Obj]:
+        return [_group(group, versions) for group, versions in self._core.registry.groups().items() if group]
+
+    def _group(self, group: str) -> Answer | None:
+        versions = self._core.registry.groups().get(group)
+        return _json({"kind": "APIGroup", "apiVersion": "v1", **_group(group, versions)}) if versions else None
+
+    def _resources(self, group: str, version: str) -> Answer | None:
+        found = self._core.registry.in_version(group, version)
+        if not found:
+            return None
+        entries = [entry for res in found for entry in _entries(res)]
+        api_version = f"{group}/{version}" if group else version
+        body: Obj = {"kind": "APIResourceList", "groupVersion": api_version, "resources": entries}
+        if group:
+            body["apiVersion"] = "v1"
+        return _json(body)
+
+
+def _group(group: str, versions: list[str]) -> Obj:
+    entries = [{"groupVersion": f"{group}/{version}", "version": version} for version in versions]
+    return {"name": group, "versions": entries, "preferredVersion": entries[0]}
+
+
+def _entries(res: Resource) -> list[Obj]:
+    entry: Obj = {
+        "name": res.plural,
+        "singularName": res.singular or res.kind.lower(),
+        "namespaced": res.namespaced,
+        "kind": res.kind,
+        "verbs": list(res.verbs),
+    }
+    if res.short:
+        entry["shortNames"] = list(res.short)
+    if res.categories:
+        entry["categories"] = list(res.categories)
+    return [entry, *(_sub(res, sub) for sub in res.subs)]
+
+
+def _sub(res: Resource, sub: str) -> Obj:
+    entry: Obj = {"name": f"{res.plural}/{sub}", "singularName": "", "namespaced": res.namespaced, "kind": res.kind,
+                  "verbs": list(_SUB_VERBS.get(sub, ("get", "patch", "update")))}
+    if sub in _SUB_KINDS:
+        group, version, kind = _SUB_KINDS[sub]
+        entry["kind"] = kind
+        if group:
+            entry |= {"group": group, "version": version}
+    return entry

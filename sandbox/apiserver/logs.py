@@ -1,0 +1,77 @@
+"""pods/log: passed through from the kubelet of the pod's node."""
+
+from __future__ import annotations
+
+import aiohttp
+from aiohttp import web
+
+from sandbox.apiserver import errors
+from sandbox.apiserver.core import Core
+from sandbox.client import ApiError, Obj
+
+_KNOWN = {"container", "follow", "previous", "timestamps", "tailLines", "limitBytes", "sinceSeconds", "sinceTime",
+          "pretty", "insecureSkipTLSVerifyBackend", "stream"}
+
+
+def _container(pod: Obj, asked: str) -> str:
+    spec, name = pod["spec"], pod["metadata"]["name"]
+    names = [c["name"] for c in spec["containers"]]
+    inits = [c["name"] for c in spec.get("initContainers") or []]
+    if not asked:
+        if len(names) == 1 and not inits:
+            return str(names[0])
+        text = f"a container name must be specified for pod {name}, choose one of: [{' '.join(names)}]"
+        if inits:
+            text += f" or one of the init containers: [{' '.join(inits)}]"
+        raise errors.bad_request(text)
+    if asked not in names and asked not in inits:
+        raise errors.bad_request(f"container {asked} is not valid for pod {name}")
+    return asked
+
+
+def _kubelet(core: Core, node_name: str) -> str:
+    node = core.store.get("nodes", "", node_name)
+    if node is None:
+        raise errors.not_found("", "nodes", node_name)
+    status = node.obj.get("status") or {}
+    addresses = {entry["type"]: entry["address"] for entry in status.get("addresses") or []}
+    port = ((status.get("daemonEndpoints") or {}).get("kubeletEndpoint") or {}).get("Port")
+    if not port or "InternalIP" not in addresses:
+        raise ApiError(500, "InternalError", f'Internal error occurred: no preferred addresses found for node '
+                       f'"{node_name}"')
+    return f"http://{addresses['InternalIP']}:{port}"
+
+
+async def proxy(core: Core, request: web.BaseRequest, namespace: str, name: str) -> web.StreamResponse:
+    """Stream a container's log. Raises ApiError."""
+    found = core.store.get("pods", namespace, name)
+    if found is None:
+        raise errors.not_found("", "pods", name)
+    if unknown := set(request.query) - _KNOWN:
+        raise errors.bad_request(f"unsupported log parameters: {', '.join(sorted(unknown))}")
+    container = _container(found.obj, request.query.get("container", ""))
+    node = found.obj["spec"].get("nodeName")
+    if not node:
+        return web.Response(body=b"", content_type="text/plain")
+    query = {key: value for key, value in request.query.items() if key != "container"}
+    url = f"{_kubelet(core, node)}/containerLogs/{namespace}/{name}/{container}"
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=3)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url, params=query) as answer:
+            if answer.status >= 400:
+                text = (await answer.text()).strip()
+                reason = "BadRequest" if answer.status == 400 else "InternalError"
+                raise ApiError(answer.status, reason, text)
+            return await _pass(request, answer)
+    except aiohttp.ClientConnectorError as lost:
+        raise ApiError(500, "InternalError", f"Get {url!r}: {lost}") from lost
+
+
+async def _pass(request: web.BaseRequest, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/plain"})
+    response.enable_chunked_encoding()
+    await response.prepare(request)
+    async for chunk in answer.content.iter_any():
+        await response.write(chunk)
+    await response.write_eof()
+    return response

@@ -1,0 +1,52 @@
+"""Puts the parts together: an API server on given sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from sandbox.apiserver import bootstrap, subresources
+from sandbox.apiserver.authn import Identity, Tokens
+from sandbox.apiserver.core import Core
+from sandbox.apiserver.direct import DirectApi
+from sandbox.apiserver.http import Handler
+from sandbox.apiserver.rbac import Rules
+from sandbox.apiserver.tls import TlsFiles
+from sandbox.options import COMPRESSED, Clocks
+
+SHUTDOWN_SECONDS = 0.2  # watches never end by themselves
+
+
+class ApiServer:
+    """The API without its sockets. `direct()` is an in-process client with all rights."""
+
+    def __init__(self, tokens: Mapping[str, Identity], clocks: Clocks = COMPRESSED) -> None:
+        self.core = Core(clocks)
+        self.tokens = Tokens(tokens, lambda claims: subresources.token_alive(self.core, claims))
+        self.rules = Rules(self.core)
+        bootstrap.objects(self.core)
+
+    def direct(self) -> DirectApi:
+        return DirectApi(self.core, self.tokens)
+
+    @asynccontextmanager
+    async def listening(self, sockets: Sequence[socket.socket], tls: TlsFiles) -> AsyncIterator[None]:
+        """Serve HTTPS on sockets that are bound already, while the context lasts."""
+        server = web.Server(Handler(self.core, self.tokens, self.rules), access_log=None, keepalive_timeout=300)
+        runner = web.ServerRunner(server, shutdown_timeout=SHUTDOWN_SECONDS)
+        await runner.setup()
+        context = tls.context()
+        for sock in sockets:
+            await web.SockSite(runner, sock, ssl_context=context, backlog=512).start()
+        try:
+            yield
+        finally:
+            await runner.cleanup()
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
