@@ -1,0 +1,161 @@
+"""Which engine a request goes to: the ready endpoints, least in flight first, the failing ones left out.
+
+An endpoint that cannot be connected to is ejected at once, one that fails otherwise after two failures in a row.
+An ejected endpoint is asked for /health, first after `base` seconds, then after ever doubled waits, and comes back
+when it answers. When all are ejected all are used ("panic"): a detector that sees only faults is not believed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+from sandbox.client import Obj
+from sandbox.images.upstream import Cause, Pool
+
+AT_ONCE: frozenset[Cause] = frozenset({"refused", "connect_timeout"})
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an endpoint is, as its EndpointSlice says."""
+
+    uid: str
+    pod: str
+    zone: str
+    host: str
+    port: int
+    node: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Endpoint:
+    place: Place
+    pool: Pool
+    in_flight: int = 0
+    failures: int = 0  # in a row
+    ejected: bool = False
+    wait: float = 0.0  # before the next look at an ejected endpoint
+    looking: asyncio.Task[None] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    eject: bool = True
+    failures: int = 2
+    base: float = 0.5
+    most: float = 8.0
+
+
+class Budget:
+    """Retries as a share of requests (after Finagle): each request earns `share` of a retry, up to `most`."""
+
+    def __init__(self, share: float = 0.2, most: float = 50.0) -> None:
+        self._share, self._most = share, most
+        self._left = most
+
+    def earn(self) -> None:
+        self._left = min(self._most, self._left + self._share)
+
+    def spend(self) -> bool:
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class Balancer:
+    """`healthy(endpoint)` asks an ejected endpoint; `on_eject(pod)` counts."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        open_pool: Callable[[Place], Pool],
+        healthy: Callable[[Endpoint], Awaitable[bool]],
+        on_eject: Callable[[str], None],
+        draw: random.Random | None = None,
+    ) -> None:
+        self._policy, self._open_pool = policy, open_pool
+        self._healthy, self._on_eject = healthy, on_eject
+        self._draw = draw or random.Random()  # noqa: S311 - spreads load
+        self._all: dict[Place, Endpoint] = {}
+
+    @property
+    def endpoints(self) -> Collection[Endpoint]:
+        return self._all.values()
+
+    def update(self, places: Iterable[Place]) -> None:
+        """These are the endpoints from now on; known ones keep their history."""
+        wanted = set(places)
+        for place in [place for place in self._all if place not in wanted]:
+            gone = self._all.pop(place)
+            gone.pool.close()
+            if gone.looking:
+                gone.looking.cancel()
+        for place in wanted:
+            if place not in self._all:
+                self._all[place] = Endpoint(place, self._open_pool(place))
+
+    def pick(self, tried: Collection[Endpoint] = ()) -> Endpoint | None:
+        """The endpoint for a request that has failed on `tried`: another one, in another zone if there is one."""
+        untried = [endpoint for endpoint in self._all.values() if endpoint not in tried]
+        choice = [endpoint for endpoint in untried if not endpoint.ejected]
+        if not choice and all(endpoint.ejected for endpoint in self._all.values()):
+            choice = untried or list(self._all.values())
+        failed_zones = {endpoint.place.zone for endpoint in tried}
+        choice = [endpoint for endpoint in choice if endpoint.place.zone not in failed_zones] or choice
+        if not choice:
+            return None
+        return min(choice, key=lambda endpoint: (endpoint.in_flight, self._draw.random()))
+
+    def succeeded(self, endpoint: Endpoint) -> None:
+        endpoint.failures = 0
+        endpoint.wait = 0.0 if not endpoint.ejected else endpoint.wait
+
+    def failed(self, endpoint: Endpoint, cause: Cause | None = None) -> None:
+        """Book a failure; `cause` is None for an answer of 5xx."""
+        endpoint.failures += 1
+        if not self._policy.eject or endpoint.ejected or endpoint.place not in self._all:
+            return
+        if endpoint.failures < self._policy.failures and cause not in AT_ONCE:
+            return
+        endpoint.ejected = True
+        endpoint.pool.close()
+        self._on_eject(endpoint.place.pod)
+        endpoint.looking = asyncio.create_task(self._look(endpoint))
+
+    async def _look(self, endpoint: Endpoint) -> None:
+        while endpoint.ejected:
+            endpoint.wait = min(max(self._policy.base, endpoint.wait * 2), self._policy.most)
+            await asyncio.sleep(endpoint.wait)
+            if await self._healthy(endpoint):
+                endpoint.ejected, endpoint.failures = False, 0
+
+
+def places(slices: Iterable[Obj]) -> list[Place]:
+    """The endpoints to use: all ready ones, or where there is none those that still serve (as kube-proxy does)."""
+    ready: dict[str, Place] = {}
+    serving: dict[str, Place] = {}
+    for piece in slices:
+        ports = piece.get("ports") or []
+        if not ports:
+            continue
+        for endpoint in piece.get("endpoints") or []:
+            conditions = endpoint.get("conditions") or {}
+            target = endpoint.get("targetRef") or {}
+            host = endpoint["addresses"][0]
+            place = Place(
+                uid=target.get("uid", ""),
+                pod=target.get("name", host),
+                zone=endpoint.get("zone", ""),
+                host=host,
+                port=ports[0]["port"],
+                node=endpoint.get("nodeName", ""),
+            )
+            if conditions.get("ready") is not False:  # absent means ready
+                ready[host] = place
+            elif conditions.get("serving"):
+                serving[host] = place
+    return list((ready or serving).values())
