@@ -1,0 +1,452 @@
+"""What is drawn: the timeline turned into points, bins, lanes and marks. Pure; x is seconds since the fault.
+
+Where there was no fault, x counts from the first phase mark, and `Axis.name` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gameday.clock import Epoch, Instant
+from gameday.model import (
+    STREAM_BROKEN,
+    FaultMark,
+    Finding,
+    Judgement,
+    KubeEvent,
+    NodeMark,
+    Note,
+    Outcome,
+    Phase,
+    PhaseMark,
+    PodMark,
+    RecordMark,
+    Reply,
+    Step,
+    Timeline,
+)
+
+BIN = 0.5  # seconds
+POINTS = 4000  # good requests drawn at most, beside the slowest of every bin
+LANES = 60  # pods drawn at most
+
+
+class Group(StrEnum):
+    """How a request ended, as coarse as an eye can tell apart."""
+
+    GOOD = "good"
+    BROKEN = "stream broken"
+    FAILED = "failed"
+    UNCOUNTED = "not counted"
+
+
+def group(reply: Reply) -> Group:
+    if reply.ok:
+        return Group.GOOD
+    if not reply.counted:
+        return Group.UNCOUNTED
+    return Group.BROKEN if reply.outcome in STREAM_BROKEN and reply.t_first is not None else Group.FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """The common x axis: seconds since `zero`."""
+
+    zero: Instant
+    name: str
+    start: float
+    end: float
+    phases: tuple[Span, ...]
+    fault: Span | None  # from the first harm sent to the undo (one-shot: to the proof)
+    back: float | None  # R
+
+    def at(self, instant: Instant) -> float:
+        return round(instant - self.zero, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One request. `y`: good: seconds to the first token; others: seconds until they ended. From the intended send."""
+
+    x: float
+    y: float
+    group: Group
+    cls: str
+    outcome: Outcome
+    pod: str
+    zone: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    drawn: tuple[Point, ...]
+    one_in: int  # of the good ones, beside the slowest of each bin
+    good_total: int
+    good_drawn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bins:
+    """Per BIN, by intended send time: `rows[name][i]` begins at `left[i]`."""
+
+    left: tuple[float, ...]
+    rows: Mapping[str, tuple[float, ...]]
+
+
+class State(StrEnum):
+    PENDING = "created, not scheduled"
+    SCHEDULED = "scheduled"
+    LOADING = "started, loading"
+    READY = "ready"
+    UNREADY = "not ready"
+    TERMINATING = "terminating"
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """A pod was in one state for a while."""
+
+    state: State
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    pod: str
+    label: str
+    zone: str
+    node: str
+    target: bool
+    stays: tuple[Stay, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    x: float
+    lane: str
+    what: str
+    ok: bool = True
+
+
+def axis(timeline: Timeline, judgement: Judgement) -> Axis:
+    marks = [e for e in timeline.events if isinstance(e, FaultMark)]
+    phases = [e for e in timeline.events if isinstance(e, PhaseMark)]
+    applied = min((m.t for m in marks if m.step is Step.APPLY), default=None)
+    times = [e.t for e in phases] + [r.t_intended for r in timeline.replies] + [m.t for m in marks]
+    first, last = min(times, default=0.0), max(times, default=1.0)
+    zero = applied if applied is not None else min((e.t for e in phases), default=first)
+    recovery = judgement.recovery
+    back = recovery.t_back - zero if recovery and recovery.t_back is not None else None
+    return Axis(
+        zero=zero,
+        name="seconds since the fault" if applied is not None else "seconds since the start (no fault was injected)",
+        start=first - zero,
+        end=max(last - zero, first - zero + 1),
+        phases=_phases(phases, zero, last),
+        fault=_fault(timeline, marks, zero, last),
+        back=back,
+    )
+
+
+def _phases(marks: Sequence[PhaseMark], zero: Instant, last: Instant) -> tuple[Span, ...]:
+    spans = []
+    for phase in Phase:
+        starts = [m.t for m in marks if m.phase is phase and m.edge == "start"]
+        ends = [m.t for m in marks if m.phase is phase and m.edge == "end"]
+        if starts:
+            spans.append(Span(phase, min(starts) - zero, max(ends, default=last) - zero))
+    return tuple(spans)
+
+
+def _fault(timeline: Timeline, marks: Sequence[FaultMark], zero: Instant, last: Instant) -> Span | None:
+    applied = [m.t for m in marks if m.step is Step.APPLY]
+    if not applied:
+        return None
+    ends = [m.t for m in marks if m.step is Step.UNDO]
+    if timeline.fault.one_shot:
+        ends = ends or [m.t for m in marks if m.step in (Step.EFFECT, Step.INJECTED) and m.ok]
+    end = min(ends, default=min(applied) + 1 if timeline.fault.one_shot else last)
+    return Span(timeline.fault.name, min(applied) - zero, end - zero)
+
+
+def points(timeline: Timeline, on: Axis) -> Points:
+    """All requests that did not end well, and of the good ones every n-th and the slowest of every bin."""
+    good = [r for r in timeline.replies if r.ok]
+    one_in = max(1, math.ceil(len(good) / POINTS))
+    slowest: dict[int, Reply] = {}
+    for reply in good:
+        key = math.floor(on.at(reply.t_intended) / BIN)
+        if key not in slowest or _seconds(reply) > _seconds(slowest[key]):
+            slowest[key] = reply
+    kept = {(r.worker, r.seq): r for r in [*good[::one_in], *slowest.values()]}
+    drawn = [*kept.values(), *(r for r in timeline.replies if not r.ok)]
+    shown = tuple(_point(r, on) for r in sorted(drawn, key=lambda r: r.t_intended))
+    return Points(shown, one_in, len(good), len(kept))
+
+
+def _seconds(reply: Reply) -> float:
+    return reply.ttft if reply.ok and reply.ttft is not None else reply.latency
+
+
+def _point(reply: Reply, on: Axis) -> Point:
+    return Point(
+        x=round(on.at(reply.t_intended), 3),
+        y=round(max(_seconds(reply), 0.001), 4),
+        group=group(reply),
+        cls=reply.cls,
+        outcome=reply.outcome,
+        pod=reply.pod or "",
+        zone=reply.zone or "",
+        detail=reply.detail[:120],
+    )
+
+
+def _edges(on: Axis) -> tuple[float, ...]:
+    first = math.floor(on.start / BIN)
+    return tuple(i * BIN for i in range(first, math.ceil(on.end / BIN) + 1))
+
+
+def rates(timeline: Timeline, on: Axis) -> Bins:
+    """Requests per second by how they ended, per bin of intended send time."""
+    seen = Counter((math.floor(on.at(r.t_intended) / BIN), group(r)) for r in timeline.replies)
+    left = _edges(on)
+    rows = {g: tuple(seen[round(x / BIN), g] / BIN for x in left) for g in Group}
+    return Bins(left, {str(g): row for g, row in rows.items() if g is not Group.UNCOUNTED or any(row)})
+
+
+NO_ANSWER = "no answer"
+
+
+def zone_shares(timeline: Timeline, on: Axis) -> Bins:
+    """Which zone answered, as a share of the requests of each bin; empty when no reply names a zone."""
+    zones = sorted({r.zone for r in timeline.replies if r.zone})
+    if not zones:
+        return Bins((), {})
+    seen = Counter((math.floor(on.at(r.t_intended) / BIN), r.zone or NO_ANSWER) for r in timeline.replies if r.counted)
+    totals: dict[int, int] = defaultdict(int)
+    for (key, _), count in seen.items():
+        totals[key] += count
+    left = _edges(on)
+    keys = [round(x / BIN) for x in left]
+    return Bins(
+        left, {z: tuple(seen[k, z] / totals[k] if totals[k] else 0.0 for k in keys) for z in [*zones, NO_ANSWER]}
+    )
+
+
+_STATES: Mapping[str, State] = {
+    "created": State.PENDING,
+    "scheduled": State.SCHEDULED,
+    "started": State.LOADING,
+    "restarted": State.LOADING,
+    "ready": State.READY,
+    "unready": State.UNREADY,
+    "terminating": State.TERMINATING,
+}
+
+
+def lanes(timeline: Timeline, on: Axis) -> tuple[Lane, ...]:
+    """One lane per pod: those of one zone together, in the order in which they appeared."""
+    marks: dict[str, list[PodMark]] = defaultdict(list)
+    for event in timeline.events:
+        if isinstance(event, PodMark):
+            marks[event.pod].append(event)
+    made = [_lane(pod, sorted(seen, key=lambda m: m.t), on) for pod, seen in marks.items()]
+    made.sort(key=lambda lane: (lane.zone, lane.stays[0].start if lane.stays else 0.0, lane.pod))
+    return tuple(made)
+
+
+def _lane(pod: str, marks: Sequence[PodMark], on: Axis) -> Lane:
+    stays: list[Stay] = []
+    ends = [*(m.t for m in marks[1:]), on.zero + on.end]
+    for i, (mark, end) in enumerate(zip(marks, ends, strict=True)):
+        state = _state(mark, marks[i + 1] if i + 1 < len(marks) else None)
+        if state is not None and end > mark.t:
+            stays.append(Stay(state, max(on.start, on.at(mark.t)), on.at(end)))
+    last = marks[-1]
+    zone = next((m.zone for m in reversed(marks) if m.zone), "")
+    node = next((m.node for m in reversed(marks) if m.node), "")
+    target = any(m.target for m in marks)
+    return Lane(pod, _label(last, zone, target), zone, node, target, tuple(stays))
+
+
+def _state(mark: PodMark, after: PodMark | None) -> State | None:
+    if mark.stage == "gone":
+        return None
+    if mark.stage != "exists":
+        return _STATES[mark.stage]
+    # A watch that begins finds pods as they are; the next mark tells what they were when the detail does not.
+    if "not ready" in mark.detail or "unready" in mark.detail or (after is not None and after.stage == "ready"):
+        return State.READY if after is not None and after.t - mark.t < BIN and after.stage == "ready" else State.UNREADY
+    return State.READY
+
+
+def _label(mark: PodMark, zone: str, target: bool) -> str:
+    name = mark.pod.rsplit("/", 1)[-1]
+    head, _, tail = name.rpartition("-")
+    workload = (mark.owner or head.rsplit("-", 1)[0] or name)[:12]
+    short = f"{workload}…{tail[-6:]}" if head else name[:18]
+    return f"{'◆ ' if target else ''}{short} {zone}".strip()
+
+
+def marks(timeline: Timeline, on: Axis) -> tuple[Mark, ...]:
+    """What happened beside the traffic: the fault's steps, chaos records, nodes, Kubernetes events, notes."""
+    found = [m for e in timeline.events if (m := _mark(e, on)) is not None]
+    return tuple(sorted(found, key=lambda m: m.x))
+
+
+MARK_LANES = ("fault", "chaos records", "nodes", "events", "notes")
+
+
+def _mark(event: object, on: Axis) -> Mark | None:
+    match event:
+        case FaultMark():
+            said = " ".join(p for p in (event.step, event.what, event.detail) if p)
+            return Mark(on.at(event.t), "fault", said, event.ok)
+        case RecordMark():
+            said = f"{event.resource} {event.id}: {event.phase} {event.message}".rstrip()
+            return Mark(on.at(event.t), "chaos records", said)
+        case NodeMark():
+            said = f"{event.node}: {event.what} {event.detail}".rstrip()
+            return Mark(on.at(event.t), "nodes", said, "not ready" not in event.what)
+        case KubeEvent():
+            said = f"{event.object}: {event.reason}: {event.message}"
+            return Mark(on.at(event.t), "events", said, event.type != "Warning")
+        case Note():
+            return Mark(on.at(event.t), "notes", f"{event.level}: {event.text}", event.level == "info")
+        case _:
+            return None
+
+
+def thin_marks(found: Iterable[Mark], on: Axis) -> tuple[Mark, ...]:
+    """At most one mark per lane, kind and tenth of a percent of the axis: what would be drawn over each other anyway."""
+    width = max((on.end - on.start) / 1000, 1e-9)
+    seen: dict[tuple[int, str, bool, str], list[Mark]] = defaultdict(list)
+    for mark in found:
+        key = (math.floor(mark.x / width), mark.lane, mark.ok, mark.what[:40])
+        seen[key].append(mark)
+    return tuple(same[0] for same in seen.values())
+
+
+def latency_limits(findings: Iterable[Finding], on: Axis) -> tuple[Span, ...]:
+    """First-token limits as (name, limit) per phase: `Span.start`/`end` are the phase's, the limit is in the name."""
+    spans = {p.name: p for p in on.phases}
+    return tuple(
+        Span(str(f.limit), spans[f.phase].start, spans[f.phase].end)
+        for f in findings
+        if f.unit == "s" and f.limit is not None and "first token" in f.objective and f.phase in spans
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseFigures:
+    """A phase in figures, for those who do not see the chart. Latencies in seconds."""
+
+    phase: str
+    requests: int
+    good: int
+    broken: int
+    failed: int
+    uncounted: int
+    p50: float | None
+    p95: float | None
+    zones: Mapping[str, float]
+
+
+def figures(timeline: Timeline, on: Axis) -> tuple[PhaseFigures, ...]:
+    """By intended send time; the objectives' own findings assign broken streams to the phase in which they broke."""
+    return tuple(_figures(span, timeline, on) for span in on.phases)
+
+
+def _figures(span: Span, timeline: Timeline, on: Axis) -> PhaseFigures:
+    seen = [r for r in timeline.replies if span.start <= on.at(r.t_intended) < span.end]
+    groups = Counter(group(r) for r in seen)
+    ttfts = sorted(r.ttft for r in seen if r.ok and r.ttft is not None)
+    counted = [r for r in seen if r.counted]
+    zones = Counter(r.zone or NO_ANSWER for r in counted)
+    return PhaseFigures(
+        phase=span.name,
+        requests=len(seen),
+        good=groups[Group.GOOD],
+        broken=groups[Group.BROKEN],
+        failed=groups[Group.FAILED],
+        uncounted=groups[Group.UNCOUNTED],
+        p50=quantile(ttfts, 0.5),
+        p95=quantile(ttfts, 0.95),
+        zones={z: n / len(counted) for z, n in sorted(zones.items())},
+    )
+
+
+def quantile(ordered: Sequence[float], share: float) -> float | None:
+    """The nearest-rank quantile of sorted values."""
+    if not ordered:
+        return None
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
+
+
+@dataclass(frozen=True, slots=True)
+class Worst:
+    """A second of the run."""
+
+    x: float
+    wall: str
+    share: float
+
+
+def worst_second(timeline: Timeline, on: Axis) -> Worst | None:
+    """The second with the largest share of bad requests; None when there was no bad one."""
+    total: Counter[int] = Counter()
+    bad: Counter[int] = Counter()
+    for reply in timeline.replies:
+        if reply.counted:
+            key = math.floor(on.at(reply.t_intended))
+            total[key] += 1
+            bad[key] += not reply.ok
+    if not any(bad.values()):
+        return None
+    key = max(bad, key=lambda k: (bad[k] / total[k], bad[k]))
+    epoch = Epoch(timeline.about.epoch_wall, timeline.about.epoch_mono)
+    return Worst(key, epoch.show(on.zero + key), bad[key] / total[key])
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What Prometheus answered over the run."""
+
+    name: str
+    query: str
+    samples: int
+    missing: int
+    low: float | None
+    high: float | None
+    error: str
+
+
+def queries(timeline: Timeline) -> tuple[Query, ...]:
+    grouped: dict[tuple[str, str], list[float | None]] = defaultdict(list)
+    errors: dict[tuple[str, str], str] = {}
+    for sample in timeline.samples:
+        key = (sample.name, sample.query)
+        grouped[key].append(sample.value)
+        if sample.error:
+            errors[key] = sample.error
+    return tuple(_query(*key, values, errors.get(key, "")) for key, values in grouped.items())
+
+
+def _query(name: str, query: str, values: Sequence[float | None], error: str) -> Query:
+    seen = [v for v in values if v is not None and math.isfinite(v)]
+    return Query(
+        name, query, len(values), len(values) - len(seen), min(seen, default=None), max(seen, default=None), error
+    )
