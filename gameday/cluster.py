@@ -73,6 +73,7 @@ class Pod:
     ports: tuple[int, ...]
     restarts: int
     owner: str  # "ReplicaSet/my-llama32-6d4f", "" for a bare pod
+    container: str  # its first
     waiting: str  # the reason for which a container waits, "" when none does
 
     @property
@@ -399,6 +400,7 @@ def to_pod(obj: Obj, zones: Mapping[str, str]) -> Pod:
         ),
         restarts=sum(s.get("restartCount", 0) for s in statuses),
         owner=f"{owners[0]['kind']}/{owners[0]['name']}" if owners else "",
+        container=spec["containers"][0]["name"] if spec.get("containers") else "",
         waiting=waiting[0] if waiting else "",
     )
 

@@ -140,9 +140,9 @@ def load(options: Mapping[str, Any], *, file: Path | None = None, sandbox: Mappi
 def _check_environment() -> None:
     """A mistyped variable would be ignored in silence otherwise."""
     for name in os.environ:
-        if name.startswith("GAMEDAY_") and name not in OTHER_VARIABLES:
-            if name.removeprefix("GAMEDAY_").lower() not in Settings.model_fields:
-                raise SettingsError(f"The environment sets {name}, but there is no such setting: unset or correct it.")
+        ours = name.startswith("GAMEDAY_") and name not in OTHER_VARIABLES
+        if ours and name.removeprefix("GAMEDAY_").lower() not in Settings.model_fields:
+            raise SettingsError(f"The environment sets {name}, but there is no such setting: unset or correct it.")
 
 
 def _read(path: Path) -> dict[str, Any]:

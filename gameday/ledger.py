@@ -1,0 +1,137 @@
+"""The ledger: every undo, written before the harm, on this disk and in the cluster.
+
+Locally `ledger.jsonl` (one line per entry, fsynced); in the cluster one ConfigMap per run, labelled and owned
+by nobody, one key per entry. An entry is removed when its undo is verified; the ConfigMap goes last. Whoever
+can read the ConfigMap can heal: `heal` needs nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from faults.base import OURS, ROLE, RUN, Undo
+from faults.undo import undo
+from gameday.cluster import Cluster
+from gameday.errors import HealError, LockError
+from gameday.kinds import BY_KIND, CONFIGMAPS
+from gameday.lock import live_holder
+
+_UNDO: TypeAdapter[Undo] = TypeAdapter(Undo)
+LEDGERS = f"{OURS},{ROLE}=ledger"
+
+
+class Ledger:
+    """One experiment's undos. Not thread-safe: the orchestrator alone writes it."""
+
+    def __init__(self, cluster: Cluster, path: Path, name: str, labels: dict[str, str]) -> None:
+        self._cluster, self._path, self._name = cluster, path, name
+        self._labels = labels | {ROLE: "ledger"}
+        self._keys: dict[Undo, str] = {}
+
+    def write(self, undos: Sequence[Undo]) -> None:
+        """Write all entries, here and there; only after this returns may anything be harmed."""
+        self._keys = {entry: f"{number:03d}" for number, entry in enumerate(undos)}
+        with self._path.open("a") as file:
+            for entry, key in self._keys.items():
+                file.write(json.dumps({"key": key, **asdict(entry)}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        data = {key: json.dumps(asdict(entry)) for entry, key in self._keys.items()}
+        metadata = {"name": self._name, "namespace": self._cluster.namespace, "labels": self._labels}
+        self._cluster.create(CONFIGMAPS, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
+
+    def done(self, entry: Undo) -> None:
+        """The undo is verified: strike it out, in the cluster first (the local line only informs)."""
+        key = self._keys[entry]
+        self._cluster.patch(CONFIGMAPS, self._name, {"data": {key: None}}, self._cluster.namespace)
+        with self._path.open("a") as file:
+            file.write(json.dumps({"key": key, "done": True}) + "\n")
+
+    def close(self) -> None:
+        self._cluster.delete(CONFIGMAPS, self._name, self._cluster.namespace)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What an earlier run left behind."""
+
+    run: str
+    ledger: str  # the ConfigMap
+    entries: tuple[tuple[str, Undo], ...]  # (key, undo), in the order of undoing
+
+
+def leftovers(cluster: Cluster, run: str | None = None) -> tuple[Left, ...]:
+    """Ledgers in the cluster's namespace, oldest first. Raises `HealError` for one that cannot be read."""
+    selector = f"{LEDGERS},{RUN}={run}" if run else LEDGERS
+    found = sorted(
+        cluster.list(CONFIGMAPS, cluster.namespace, labels=selector),
+        key=lambda o: str(o["metadata"]["creationTimestamp"]),
+    )
+    return tuple(_left(obj) for obj in found)
+
+
+def _left(obj: dict[str, Any]) -> Left:
+    name = obj["metadata"]["name"]
+    try:
+        entries = tuple((key, _UNDO.validate_json(text)) for key, text in sorted((obj.get("data") or {}).items()))
+    except ValidationError as wrong:
+        first = wrong.errors()[0]
+        raise HealError(
+            f"ConfigMap {name} is not a ledger of this version ({first['loc']}: {first['msg']})."
+        ) from wrong
+    return Left(obj["metadata"].get("labels", {}).get(RUN, ""), name, entries)
+
+
+def strays(cluster: Cluster, run: str | None = None) -> tuple[Undo, ...]:
+    """Objects with our label that no ledger speaks of any more, as undos."""
+    selector = f"{OURS},{RUN}={run}" if run else OURS
+    found = []
+    for kind in ("PodChaos", "NetworkChaos", "StressChaos", "Job", "Pod"):
+        group = BY_KIND[kind].group
+        if group == "chaos-mesh.org" and BY_KIND[kind].plural not in cluster.served(BY_KIND[kind].api_version):
+            continue
+        for obj in cluster.list(BY_KIND[kind], cluster.namespace, labels=selector):
+            meta = obj["metadata"]
+            if not (meta.get("ownerReferences") or []):  # a Job's pod goes with its Job
+                found.append(Undo("delete", "stray", meta["name"], kind=kind, namespace=meta["namespace"]))
+    return tuple(found)
+
+
+def heal(cluster: Cluster, *, run: str | None = None, within: float = 60.0, say: Callable[[str], None]) -> int:
+    """Undo what is left of earlier runs; returns how many undos were done. Idempotent.
+
+    Refuses (`LockError`) while the run that left it still holds its Lease. Tries everything even when one undo
+    fails, then raises one `HealError` that lists what is left.
+    """
+    if holder := live_holder(cluster):
+        raise LockError(f"{holder} is still at work here: stop it first, or wait until its Lease runs out.")
+    failed: list[str] = []
+    count = 0
+    for left in leftovers(cluster, run):
+        broken = False
+        for key, entry in left.entries:
+            try:
+                say(f"{left.run}: {undo(cluster, entry, within=within)}")
+                cluster.patch(CONFIGMAPS, left.ledger, {"data": {key: None}}, cluster.namespace)
+                count += 1
+            except HealError as wrong:
+                failed.append(str(wrong))
+                broken = True
+        if not broken:
+            cluster.delete(CONFIGMAPS, left.ledger, cluster.namespace)
+    for entry in strays(cluster, run):
+        try:
+            say(f"stray: {undo(cluster, entry, within=within)}")
+            count += 1
+        except HealError as wrong:
+            failed.append(str(wrong))
+    if failed:
+        raise HealError("Not everything could be undone:\n  " + "\n  ".join(failed))
+    return count

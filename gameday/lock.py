@@ -1,0 +1,158 @@
+"""One game day at a time: a Lease per namespace, and a cluster-wide one for node and zone faults.
+
+The Lease names the run; it is renewed from a thread. Whoever loses it must heal and stop (`lost`).
+An expired Lease may be taken over only when its run's ledger is healed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from gameday.cluster import Cluster, Obj, Refused
+from gameday.errors import ClusterError, LockError
+from gameday.kinds import CONFIGMAPS, LEASES
+
+NAME = "gameday"
+CLUSTER_WIDE = ("gameday-cluster", "default")  # every cluster has that namespace
+LASTS = 20.0  # seconds without renewal until others may take it over
+RENEW = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    name: str
+    since: datetime | None
+    until: datetime
+
+    @property
+    def live(self) -> bool:
+        return datetime.now(UTC) < self.until
+
+    def __str__(self) -> str:
+        since = f" since {self.since.astimezone():%H:%M:%S}" if self.since else ""
+        return f"Game day {self.name!r}{since}"
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _show(when: datetime) -> str:
+    return when.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def holder_of(lease: Obj) -> Holder:
+    spec = lease.get("spec", {})
+    renewed = _time(spec.get("renewTime")) or datetime.fromtimestamp(0, UTC)
+    lasts = timedelta(seconds=spec.get("leaseDurationSeconds") or LASTS)
+    return Holder(spec.get("holderIdentity") or "", _time(spec.get("acquireTime")), renewed + lasts)
+
+
+def live_holder(cluster: Cluster) -> Holder | None:
+    """Who holds the namespace's lock right now."""
+    lease = cluster.find(LEASES, NAME, cluster.namespace)
+    holder = holder_of(lease) if lease else None
+    return holder if holder and holder.name and holder.live else None
+
+
+class Lock:
+    """Held from `acquire` to `release`; `lost` is set when it could not be renewed in time."""
+
+    def __init__(self, cluster: Cluster, holder: str, labels: dict[str, str], *, cluster_wide: bool) -> None:
+        self._cluster, self._holder, self._labels = cluster, holder, labels
+        self._leases = [(NAME, cluster.namespace)] + ([CLUSTER_WIDE] if cluster_wide else [])
+        self._held: list[tuple[str, str]] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.lost = threading.Event()
+
+    def acquire(self, on_lost: Callable[[], None]) -> None:
+        """Take all leases or none. Raises `LockError` naming who holds one and since when."""
+        try:
+            for name, namespace in self._leases:
+                self._take(name, namespace)
+                self._held.append((name, namespace))
+        except (ClusterError, LockError):
+            self.release()
+            raise
+        self._thread = threading.Thread(target=self._renew, args=(on_lost,), name="lease", daemon=True)
+        self._thread.start()
+
+    def _take(self, name: str, namespace: str) -> None:
+        now = datetime.now(UTC)
+        spec = {
+            "holderIdentity": self._holder,
+            "leaseDurationSeconds": int(LASTS),
+            "acquireTime": _show(now),
+            "renewTime": _show(now),
+        }
+        lease = {
+            "apiVersion": LEASES.api_version,
+            "kind": LEASES.kind,
+            "metadata": {"name": name, "namespace": namespace, "labels": self._labels},
+            "spec": spec,
+        }
+        old = self._cluster.find(LEASES, name, namespace)
+        try:
+            if old is None:
+                self._cluster.create(LEASES, lease)
+                return
+            self._check_free(old, namespace)
+            lease["metadata"] = {**old["metadata"], "labels": self._labels}
+            self._cluster.replace(LEASES, lease)
+        except Refused as refused:
+            if refused.code == 409:  # another one was quicker
+                raise LockError(
+                    f"Another game day took the lock {namespace}/{name} just now: try again later."
+                ) from refused
+            raise
+
+    def _check_free(self, lease: Obj, namespace: str) -> None:
+        holder = holder_of(lease)
+        if not holder.name:
+            return
+        if holder.live:
+            raise LockError(f"{holder} holds the lock in {namespace}: wait for it, or stop it.")
+        # Ledgers lie in the namespace under test, whichever lease has expired.
+        left = self._cluster.list(
+            CONFIGMAPS, namespace, labels="app.kubernetes.io/managed-by=gameday,gameday.dev/role=ledger"
+        )
+        if left:
+            raise LockError(f"{holder} died and left faults behind in {namespace}: run `gameday heal` first.")
+
+    def _renew(self, on_lost: Callable[[], None]) -> None:
+        good = datetime.now(UTC)
+        while not self._stop.wait(RENEW):
+            try:
+                for name, namespace in self._held:
+                    self._renew_one(name, namespace)
+                good = datetime.now(UTC)
+            except LockError:
+                break
+            except ClusterError:
+                if datetime.now(UTC) - good > timedelta(seconds=LASTS - RENEW):
+                    break
+        else:
+            return
+        self.lost.set()
+        on_lost()
+
+    def _renew_one(self, name: str, namespace: str) -> None:
+        lease = self._cluster.find(LEASES, name, namespace)
+        if lease is None or holder_of(lease).name != self._holder:
+            raise LockError(f"the lock {namespace}/{name} is no longer ours")
+        self._cluster.patch(LEASES, name, {"spec": {"renewTime": _show(datetime.now(UTC))}}, namespace)
+
+    def release(self) -> None:
+        """Give every lease back, if it is still ours."""
+        self._stop.set()
+        if self._thread:
+            self._thread.join(timeout=5)
+        for name, namespace in self._held:
+            lease = self._cluster.find(LEASES, name, namespace)
+            if lease is not None and holder_of(lease).name == self._holder:
+                self._cluster.delete(LEASES, name, namespace)
+        self._held.clear()
