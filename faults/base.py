@@ -45,6 +45,7 @@ class View:
     pods: tuple[Pod, ...]  # all pods of the namespace, ours excluded
     nodes: tuple[Node, ...]
     token: str  # makes names unique: of this run and trial
+    probers: tuple[tuple[str, str], ...]  # (name, zone) of our prober pods, which a cut includes
     labels: Mapping[str, str]  # for every object that we make
     seed: int
     max_share: float
@@ -219,13 +220,13 @@ def duration(lasting: float, margin: float = MARGIN) -> str:
     return f"{math.ceil(lasting + margin)}s"
 
 
-def selector_of(namespace: str, pods: tuple[Pod, ...]) -> Obj:
-    """An explicit selection of named pods: never empty, never "everything"."""
+def selector_of(namespace: str, pods: tuple[Pod, ...], also: tuple[str, ...] = ()) -> Obj:
+    """An explicit selection of named pods (`also`: our probers): never empty, never "everything"."""
     if not pods:
         raise TargetError("The fault would select no pod: check the selector and that its pods are ready.")
     return {
         "namespaces": [namespace],
-        "pods": {namespace: sorted(pod.name for pod in pods)},
+        "pods": {namespace: sorted([*(pod.name for pod in pods), *also])},
         "podPhaseSelectors": ["Running"],
     }
 

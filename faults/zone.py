@@ -158,16 +158,19 @@ def _partition(
     if not outside:
         raise TargetError(f"All pods are in zone {zone.name}: there is nothing to cut it off from.")
     metadata = view.metadata("partition")
+    probers_in = tuple(name for name, where in view.probers if where == zone.name)
+    probers_out = tuple(name for name, where in view.probers if where != zone.name)
     spec = {
         "action": "partition",
         "mode": "all",
         "direction": "both",
-        "selector": selector_of(view.namespace, inside),
-        "target": {"mode": "all", "selector": selector_of(view.namespace, outside)},
+        "selector": selector_of(view.namespace, inside, probers_in),
+        "target": {"mode": "all", "selector": selector_of(view.namespace, outside, probers_out)},
         "duration": duration(lasting + OUTLIVES),
     }
     manifest = chaos(NETWORKCHAOS, metadata, spec)
-    act = Apply("partition", NETWORKCHAOS, manifest, len(inside) + len(outside), Cut(zone.name))
+    records = len(inside) + len(outside) + len(view.probers)
+    act = Apply("partition", NETWORKCHAOS, manifest, records, Cut(zone.name))
     return act, delete(NETWORKCHAOS, metadata, "partition")
 
 

@@ -1,0 +1,257 @@
+"""What the Kubernetes watches show: pods, endpoints, nodes, Events, chaos records, as marks on the one clock."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from faults.act import records
+from faults.base import MANAGED
+from gameday import clock
+from gameday.cluster import Cluster, Node, Obj, Pod, Watched, to_node, to_pod
+from gameday.kinds import ENDPOINTSLICES, EVENTS, NETWORKCHAOS, NODES, PODCHAOS, PODS, Kind
+from gameday.model import EndpointMark, Event, KubeEvent, NodeMark, PodMark, RecordMark
+
+DEFAULT = "default"  # where Events about nodes live
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """A detector's word about a node's Xid, with the instant at which it reached us."""
+
+    node: str
+    text: str
+    t: float
+
+
+class Watcher:
+    """Runs one thread per kind; `emit` gets every mark (it must be thread-safe)."""
+
+    def __init__(
+        self, cluster: Cluster, selector: Mapping[str, str], service: str, emit: Callable[[Event], None]
+    ) -> None:
+        self._cluster, self._selector, self._service, self._emit = cluster, selector, service, emit
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._zones: dict[str, str] = {}
+        self._pods: dict[str, Pod] = {}  # by uid
+        self._nodes: dict[str, Node] = {}  # by uid
+        self._endpoints: dict[tuple[str, str], EndpointMark] = {}
+        self._records: dict[tuple[str, str], str] = {}
+        self._events: set[tuple[str, int]] = set()
+        self._targets: frozenset[str] = frozenset()
+        self._aimed = False
+        self._started = clock.now()
+        self.detections: list[Detection] = []
+
+    def start(self, chaos: bool = True) -> None:
+        self._zones = self._cluster.zones_of_nodes()
+        namespace = self._cluster.namespace
+        watches: list[tuple[Kind, str | None, Callable[[Watched], None]]] = [
+            (NODES, None, self._on_node),
+            (PODS, namespace, self._on_pod),
+            (ENDPOINTSLICES, namespace, self._on_slice),
+            (EVENTS, namespace, self._on_event),
+            (EVENTS, DEFAULT, self._on_event),
+        ]
+        if chaos:
+            watches += [(PODCHAOS, namespace, self._on_chaos), (NETWORKCHAOS, namespace, self._on_chaos)]
+        for kind, where, handler in watches:
+            threading.Thread(
+                target=self._cluster.watch,
+                args=(kind, where, self._guarded(handler), self._stop),
+                name=f"watch-{kind.plural}",
+                daemon=True,
+            ).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def aim(self, targets: frozenset[str]) -> None:
+        """From now on these pods are targets; pods created later are not covered by the fault."""
+        with self._lock:
+            self._targets, self._aimed = targets, True
+
+    def engines(self) -> tuple[Pod, ...]:
+        """The selected pods as the watch last saw them."""
+        with self._lock:
+            return tuple(pod for pod in self._pods.values() if self._selected(pod))
+
+    def _guarded(self, handler: Callable[[Watched], None]) -> Callable[[Watched], None]:
+        def run(event: Watched) -> None:
+            if not self._stop.is_set():
+                with self._lock:
+                    handler(event)
+
+        return run
+
+    def _selected(self, pod: Pod) -> bool:
+        return all(pod.labels.get(key) == value for key, value in self._selector.items())
+
+    # ── pods ────────────────────────────────────────────────────────────────────────────────
+
+    def _on_pod(self, event: Watched) -> None:
+        pod = to_pod(event.object, self._zones)
+        old = self._pods.get(pod.uid)
+        if pod.labels.get(MANAGED) == "gameday":
+            return
+        if event.type == "DELETED":
+            self._pods.pop(pod.uid, None)
+            self._mark(pod, "gone")
+            return
+        self._pods[pod.uid] = pod
+        if old is None:
+            first = clock.now() - self._started < 1.0 and not self._aimed
+            self._mark(pod, "exists" if first else "created")
+            if pod.ready:
+                self._mark(pod, "ready")
+            return
+        if pod.node and not old.node:
+            self._mark(pod, "scheduled")
+        if pod.phase == "Running" and old.phase != "Running":
+            self._mark(pod, "started")
+        if pod.restarts > old.restarts:
+            self._mark(pod, "restarted", f"restart {pod.restarts}")
+        if pod.terminating and not old.terminating:
+            self._mark(pod, "terminating")
+        elif pod.ready != old.ready and not pod.terminating:
+            self._mark(pod, "ready" if pod.ready else "unready", pod.waiting)
+
+    def _mark(self, pod: Pod, stage: str, detail: str = "") -> None:
+        target = pod.key in self._targets
+        owner = self._service if self._selected(pod) else pod.owner
+        self._emit(
+            PodMark(
+                t=clock.now(),
+                pod=pod.key,
+                uid=pod.uid,
+                stage=stage,  # type: ignore[arg-type]
+                node=pod.node,
+                zone=pod.zone,
+                owner=owner,
+                target=target,
+                covered=target or not (self._aimed and stage == "created"),
+                detail=detail,
+            )
+        )
+
+    # ── endpoints ───────────────────────────────────────────────────────────────────────────
+
+    def _on_slice(self, event: Watched) -> None:
+        service = event.object["metadata"].get("labels", {}).get("kubernetes.io/service-name", "")
+        endpoints = [] if event.type == "DELETED" else event.object.get("endpoints") or []
+        seen = set()
+        for endpoint in endpoints:
+            if "targetRef" not in endpoint:
+                continue
+            mark = self._endpoint(service, endpoint)
+            key = (service, mark.pod)
+            seen.add(key)
+            old = self._endpoints.get(key)
+            if old is None or (old.ready, old.serving, old.terminating) != (mark.ready, mark.serving, mark.terminating):
+                self._endpoints[key] = mark
+                self._emit(mark)
+        for key in [key for key in self._endpoints if key[0] == service and key not in seen]:
+            old = self._endpoints.pop(key)
+            target = old.pod in self._targets
+            out = EndpointMark(clock.now(), service, old.pod, False, False, present=False, zone=old.zone, target=target)
+            self._emit(out)
+
+    def _endpoint(self, service: str, endpoint: Obj) -> EndpointMark:
+        conditions = endpoint.get("conditions", {})
+        pod = f"{endpoint['targetRef'].get('namespace', self._cluster.namespace)}/{endpoint['targetRef']['name']}"
+        return EndpointMark(
+            t=clock.now(),
+            service=service,
+            pod=pod,
+            ready=bool(conditions.get("ready")),
+            serving=bool(conditions.get("serving", conditions.get("ready"))),
+            terminating=bool(conditions.get("terminating")),
+            zone=endpoint.get("zone") or self._zones.get(endpoint.get("nodeName") or "", ""),
+            target=pod in self._targets,
+        )
+
+    # ── nodes ───────────────────────────────────────────────────────────────────────────────
+
+    def _on_node(self, event: Watched) -> None:
+        node = to_node(event.object)
+        old = self._nodes.get(node.uid)
+        self._zones[node.name] = node.zone
+        if event.type == "DELETED":
+            self._nodes.pop(node.uid, None)
+            self._node(node, "gone")
+            return
+        self._nodes[node.uid] = node
+        if old is None:
+            first = clock.now() - self._started < 1.0
+            self._node(node, "exists" if first else "created")
+            if node.ready:
+                self._node(node, "ready")
+            return
+        if node.ready != old.ready:
+            self._node(node, "ready" if node.ready else "not ready", node.conditions.get("Ready", ("", ""))[1])
+        if node.unschedulable != old.unschedulable:
+            self._node(node, "cordoned" if node.unschedulable else "uncordoned")
+        for type, state in node.conditions.items():
+            if (
+                type != "Ready"
+                and old.conditions.get(type) != state
+                and (type in old.conditions or state[0] == "False")
+            ):
+                self._node(node, f"condition {type}={state[0]}", state[1])
+                self._detect(node.name, f"condition {type}={state[0]} {state[1]}")
+
+    def _node(self, node: Node, what: str, detail: str = "") -> None:
+        self._emit(NodeMark(clock.now(), node.name, what, node.zone, detail))
+
+    def _detect(self, node: str, text: str) -> None:
+        self.detections.append(Detection(node, text, clock.now()))
+
+    # ── Events and chaos records ────────────────────────────────────────────────────────────
+
+    def _on_event(self, event: Watched) -> None:
+        obj = event.object
+        key = (obj["metadata"]["uid"], obj.get("count") or (obj.get("series") or {}).get("count") or 1)
+        if event.type == "DELETED" or key in self._events:
+            return
+        self._events.add(key)
+        if clock.now() - self._started < 1.0 and not self._aimed:
+            return  # listed, so older than we are
+        about = obj.get("involvedObject") or obj.get("regarding") or {}
+        name = f"{about.get('kind', '')}/{about.get('name', '')}"
+        message = obj.get("message") or obj.get("note") or ""
+        self._emit(KubeEvent(clock.now(), obj.get("type", ""), obj.get("reason", ""), name, message))
+        if about.get("kind") == "Node":
+            self._detect(about.get("name", ""), f"event {obj.get('reason', '')} {message}")
+
+    def _on_chaos(self, event: Watched) -> None:
+        obj = event.object
+        resource = f"{obj['kind']}/{obj['metadata']['name']}"
+        for record in records(obj):
+            key = (resource, record.id)
+            if self._records.get(key) != record.phase:
+                self._records[key] = record.phase
+                self._emit(RecordMark(clock.now(), resource, record.id, record.phase, record.message))
+        if event.type == "DELETED":
+            self._emit(RecordMark(clock.now(), resource, "", "deleted"))
+
+    def detection(self, node: str, xid: int) -> Detection | None:
+        """The first report of this Xid on this node since the watch began."""
+        with self._lock:
+            for found in self.detections:
+                if found.node == node and names_xid(found.text, xid):
+                    return found
+        return None
+
+
+def names_xid(text: str, xid: int) -> bool:
+    """Whether a condition's or an Event's words name this Xid (and not a longer number that begins with it)."""
+    flat = text.lower().replace(" ", "").replace("_", "")
+    at = flat.find(f"xid{xid}")
+    while at >= 0:
+        end = at + len(f"xid{xid}")
+        if not flat[end : end + 1].isdigit():
+            return True
+        at = flat.find(f"xid{xid}", end)
+    return False

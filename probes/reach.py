@@ -1,0 +1,320 @@
+"""Who can reach whom: prober pods inside the cluster, created before the fault, looked at all the time.
+
+One prober pod per zone opens TCP connections to a fixed list of pod addresses a few times a second and prints
+one line per round. It also listens, so that probers can reach each other where the application has no pod on
+the other side. The harness follows the logs: an effect is proven when the pairs that must fail fail and the
+pairs that must work work, in `AGREE` rounds in a row.
+
+Instants are those of the line's arrival here (one clock); a round's result is at most `EVERY` + `PATIENCE` old.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from faults.base import ROLE, Cut, Dead, View
+from gameday import clock
+from gameday.cluster import Cluster, Obj, Quiet
+from gameday.errors import ClusterError, MissingCapability
+from gameday.kinds import PODS
+
+EVERY = 0.2  # seconds between rounds
+PATIENCE = 0.4  # seconds until a connection counts as failed
+AGREE = 2  # rounds in a row that must agree before an effect is proven
+LOST = 5  # rounds in a row without the effect until it counts as lost
+PORT = 7979  # where probers listen for each other
+MAX_TARGETS = 16  # per prober and side: enough to tell, few enough to be quiet
+
+# Runs in the prober pod, on any Python ≥ 3.8 and nothing else; bounded by its own deadline.
+SCRIPT = r"""
+import json, select, socket, sys, time
+targets, every, patience, lasts = json.loads(sys.argv[1]), *map(float, sys.argv[2:5])
+listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind(("", int(sys.argv[5]))); listener.listen(64); listener.setblocking(False)
+end, number = time.monotonic() + lasts, 0
+while time.monotonic() < end:
+    begun = time.monotonic()
+    waiting, up, results = {}, {}, []
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    for index, (host, port) in enumerate(targets):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        up[index] = "0"
+        try:
+            sock.connect((host, port))
+        except BlockingIOError:
+            waiting[sock.fileno()] = (index, sock)
+            poll.register(sock, select.POLLOUT)
+            continue
+        except OSError:
+            pass
+        else:
+            up[index] = "1"
+        sock.close()
+    while waiting and time.monotonic() - begun < patience:
+        for fd, event in poll.poll(max(1, int((patience - (time.monotonic() - begun)) * 1000))):
+            if fd == listener.fileno():
+                try:
+                    listener.accept()[0].close()
+                except OSError:
+                    pass
+                continue
+            index, sock = waiting.pop(fd)
+            poll.unregister(fd)
+            up[index] = "1" if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0 else "0"
+            sock.close()
+    for index, sock in waiting.values():
+        sock.close()
+    number += 1
+    print(json.dumps({"n": number, "up": "".join(up[i] for i in range(len(targets)))}), flush=True)
+    while time.monotonic() < begun + every:
+        left = begun + every - time.monotonic()
+        if select.select([listener], [], [], max(0, left))[0]:
+            try:
+                listener.accept()[0].close()
+            except OSError:
+                pass
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    key: str  # "ns/pod"
+    zone: str
+    ip: str
+    port: int
+
+
+@dataclass(slots=True)
+class _Track:
+    """One prober's view: per target how many rounds in a row it was (un)reachable, and since when."""
+
+    zone: str
+    targets: tuple[Target, ...]
+    rounds: int = 0
+    last_line: float = 0.0
+    up: dict[str, bool] = field(default_factory=dict)
+    row: dict[str, int] = field(default_factory=dict)  # rounds in a row of the present state
+    since: dict[str, float] = field(default_factory=dict)  # arrival of the first round of that row
+    before: dict[str, float] = field(default_factory=dict)  # arrival of the last round before it
+
+    def take(self, bits: str, at: float) -> None:
+        for target, bit in zip(self.targets, bits, strict=True):
+            up = bit == "1"
+            if self.up.get(target.key) is up:
+                self.row[target.key] += 1
+            else:
+                self.before[target.key] = self.last_line or at
+                self.up[target.key], self.row[target.key], self.since[target.key] = up, 1, at
+        self.rounds += 1
+        self.last_line = at
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the probers say of a proof now. `since`/`before`: first round that showed it, last that did not."""
+
+    holds: bool
+    settled: bool  # for `AGREE` rounds
+    since: float
+    before: float
+    detail: str
+
+
+class Reach:
+    """The probers of one experiment."""
+
+    def __init__(self, cluster: Cluster, view: View, image: str, lasts: float) -> None:
+        self._cluster, self._view, self._image, self._lasts = cluster, view, image, lasts
+        self._tracks: dict[str, _Track] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def start(self, cut: str, on_created: Callable[[Obj], None], within: float = 30.0) -> None:
+        """Create the probers, that of the cut zone first (later ones watch earlier ones), and let each look.
+
+        Raises `MissingCapability("probers")` when they do not run here.
+        """
+        known: list[Target] = []
+        for name, zone in sorted(self._view.probers, key=lambda one: (one[1] != cut, one)):
+            targets = (*self._targets(), *known)
+            pod = self._manifest(name, zone, targets)
+            on_created(pod)
+            self._cluster.create(PODS, pod)
+            self._tracks[zone] = _Track(zone, targets)
+            ip = self._wait(name, within)
+            known.append(Target(f"{self._view.namespace}/{name}", zone, ip, PORT))
+            threading.Thread(target=self._follow, args=(name, self._tracks[zone]), name=name, daemon=True).start()
+        tracks = self._tracks.values()
+        try:
+            clock.wait_until(
+                lambda: all(t.rounds >= AGREE for t in tracks), within=within, what="the probers' first looks"
+            )
+        except clock.Waited as late:
+            raise MissingCapability("probers", f"{late}: their logs cannot be followed.") from late
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _targets(self) -> tuple[Target, ...]:
+        pods = sorted(self._view.pods, key=lambda pod: (pod not in self._view.engines, pod.name))
+        usable = [pod for pod in pods if pod.ready and pod.ip and pod.ports and not pod.host_network]
+        return tuple(Target(pod.key, pod.zone, pod.ip, pod.ports[0]) for pod in usable[:MAX_TARGETS])
+
+    def _manifest(self, name: str, zone: str, targets: tuple[Target, ...]) -> Obj:
+        labels = dict(self._view.labels) | {ROLE: "prober"}
+        metadata = {"name": name, "namespace": self._view.namespace, "labels": labels}
+        addresses = json.dumps([[target.ip, target.port] for target in targets])
+        numbers = [str(EVERY), str(PATIENCE), str(self._lasts), str(PORT)]
+        selector = {"nodeSelector": {"topology.kubernetes.io/zone": zone}} if zone else {}
+        return {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": metadata,
+            "spec": {
+                **selector,
+                "restartPolicy": "Never",
+                "activeDeadlineSeconds": int(self._lasts) + 30,  # its own end, should nobody come back for it
+                "terminationGracePeriodSeconds": 1,
+                "automountServiceAccountToken": False,
+                "containers": [
+                    {
+                        "name": "prober",
+                        "image": self._image,
+                        "command": ["python3", "-u", "-c", SCRIPT, addresses, *numbers],
+                        "resources": {"requests": {"cpu": "20m", "memory": "32Mi"}, "limits": {"memory": "64Mi"}},
+                        "securityContext": {
+                            "allowPrivilegeEscalation": False,
+                            "runAsNonRoot": True,
+                            "runAsUser": 65534,
+                            "capabilities": {"drop": ["ALL"]},
+                            "seccompProfile": {"type": "RuntimeDefault"},
+                        },
+                    }
+                ],
+            },
+        }
+
+    def _wait(self, name: str, within: float) -> str:
+        found: Obj = {}
+
+        def running() -> bool:
+            nonlocal found
+            found = self._cluster.get(PODS, name, self._view.namespace).get("status", {})
+            return found.get("phase") == "Running" and bool(found.get("podIP"))
+
+        try:
+            clock.wait_until(running, within=within, every=0.05, what=f"prober {name} running")
+        except clock.Waited as late:
+            states = [s.get("state") for s in found.get("containerStatuses") or []]
+            raise MissingCapability(
+                "probers", f"{late} (phase {found.get('phase')}, {states}): can {self._image} be pulled here?"
+            ) from late
+        return str(found["podIP"])
+
+    def _follow(self, name: str, track: _Track) -> None:
+        while not self._stop.is_set():
+            try:
+                for line in self._cluster.logs(name, self._view.namespace, self._stop):
+                    self._take(track, line)
+            except Quiet:
+                continue
+            except ClusterError:
+                pass  # a silent prober is noticed by the age of its last line
+            self._stop.wait(0.2)
+
+    def _take(self, track: _Track, line: str) -> None:
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if found["n"] <= track.rounds:  # the log was taken up anew from its start
+            return
+        with self._lock:
+            track.take(found["up"], clock.now())
+            track.rounds = found["n"]
+
+    # ── judgements ──────────────────────────────────────────────────────────────────────────
+
+    def silent(self, longer_than: float) -> tuple[str, ...]:
+        """Zones whose prober has said nothing for so long."""
+        now = clock.now()
+        return tuple(zone for zone, track in self._tracks.items() if now - track.last_line > longer_than)
+
+    def look(self, proof: Cut | Dead, gone: frozenset[str] = frozenset()) -> Seen:
+        """Whether the proof holds now. `gone`: pods that are expected to be dead, no use as a control."""
+        with self._lock:
+            pairs = self._pairs(proof, gone)
+            if not pairs.must_fail:
+                return Seen(False, False, 0, 0, "no prober can see the targets")
+            if not pairs.must_work:
+                return Seen(False, False, 0, 0, "no uncut pair is left as a control")
+            return _judge(pairs, self._tracks)
+
+    def look_gone(self, proof: Cut | Dead, gone: frozenset[str] = frozenset()) -> Seen:
+        """Whether the effect is over: the pairs that had to fail work again (those that still can)."""
+        with self._lock:
+            pairs = self._pairs(proof, gone)
+            again = tuple(pair for pair in pairs.must_fail if pair[1] not in gone)
+            return _judge(_Pairs((), again), self._tracks)
+
+    def _pairs(self, proof: Cut | Dead, gone: frozenset[str]) -> _Pairs:
+        fail, work = [], []
+        for zone, track in self._tracks.items():
+            for target in track.targets:
+                pair = (zone, target.key)
+                if isinstance(proof, Cut):
+                    across = (zone == proof.zone) != (target.zone == proof.zone)
+                    if across and target.key not in gone:
+                        fail.append(pair)
+                    elif not across and target.key not in gone:
+                        work.append(pair)
+                elif target.key in proof.pods:
+                    if not proof.zone or zone == proof.zone:
+                        fail.append(pair)
+                elif target.key not in gone and (not proof.zone or proof.zone not in (zone, target.zone)):
+                    # Of a zone that is cut off, only the others' view of each other is a control.
+                    work.append(pair)
+        return _Pairs(tuple(fail), tuple(work))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """(prober's zone, target) pairs."""
+
+    must_fail: tuple[tuple[str, str], ...]
+    must_work: tuple[tuple[str, str], ...]
+
+
+def _judge(pairs: _Pairs, tracks: Mapping[str, _Track]) -> Seen:
+    """All that must fail fail; of what must work, at least one works from each prober that has such a pair.
+
+    One control pair per prober is enough to show that the prober and the network live; an application pod may
+    be down for reasons of its own.
+    """
+    fails = [(tracks[zone], key) for zone, key in pairs.must_fail]
+    wrong = [f"{track.zone}→{key}" for track, key in fails if track.up.get(key, True)]
+    controls: dict[str, list[tuple[_Track, str]]] = {}
+    for zone, key in pairs.must_work:
+        controls.setdefault(zone, []).append((tracks[zone], key))
+    works: list[tuple[_Track, str]] = []
+    for zone, found in controls.items():
+        alive = [(track, key) for track, key in found if track.up.get(key, False)]
+        if not alive:
+            wrong.append(f"{zone} reaches nothing at all")
+        works += alive if not pairs.must_fail else alive[:1]
+    if not pairs.must_fail:  # "gone": every pair must work
+        wrong += [f"{track.zone}↛{key}" for found in controls.values() for track, key in found if not track.up.get(key)]
+    used = fails + works
+    settled = not wrong and all(track.row.get(key, 0) >= AGREE for track, key in used)
+    since = max((track.since.get(key, 0.0) for track, key in fails or works), default=0.0)
+    before = max((track.before.get(key, 0.0) for track, key in fails or works), default=0.0)
+    if wrong:
+        return Seen(False, False, since, before, f"{len(wrong)} pair(s) not as expected: {', '.join(wrong[:4])}")
+    detail = f"{len(fails)} pair(s) fail, {len(works)} control pair(s) work" if fails else f"{len(works)} pair(s) work"
+    return Seen(True, settled, since, before, detail)
