@@ -1,0 +1,307 @@
+"""The verdict: a pure function of what was recorded. It fails closed.
+
+First the run itself is judged (phase "run"): was the load what was planned, was the generator fit, was there a
+steady state, did the fault act, was it healed? Only a sound run says anything about the service.
+ERROR > anything; a run that is not sound is INCONCLUSIVE whatever its findings; else the worst finding counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
+
+from gameday import recovery
+from gameday.model import (
+    Counts,
+    FaultMark,
+    Finding,
+    Heartbeat,
+    Judgement,
+    LoadEnd,
+    Note,
+    Outcome,
+    Phase,
+    Step,
+    Timeline,
+    Verdict,
+)
+from gameday.objectives import Objectives, Recovers
+from gameday.windows import first, marks, of, requests, window
+
+PASS, FAIL, INCONCLUSIVE, ERROR = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.ERROR
+
+RUN_QUEUE = 0.05  # share of a second that a load worker may wait for a CPU
+DELAY = 0.010  # seconds of schedule delay (p99) that are still the service's latency and not ours
+SATURATED_SHARE = 0.05  # of a phase's seconds; what they can hide is said in `_fit`
+SILENT = 3.0  # seconds without a heartbeat after which a worker is taken for lost
+FEWEST_REQUESTS = 50  # in every judged phase
+
+
+def judge(timeline: Timeline, objectives: Objectives) -> Judgement:
+    """Hold every objective, and the run itself, against the timeline."""
+    findings = tuple(o.judge(timeline, phase) for phase, o in objectives.items())
+    run = soundness(timeline, objectives, findings)
+    asked = [o for _, o in objectives.items() if isinstance(o, Recovers)]
+    measured = recovery.measure(timeline, asked[0]) if asked else None
+    about = timeline.about
+    return Judgement(
+        about.experiment,
+        verdict_of(run, findings),
+        (*run, *findings),
+        measured,
+        counts(timeline),
+        about.seed,
+        about.target,
+        about.reproduce,
+    )
+
+
+def verdict_of(run: Iterable[Finding], findings: Iterable[Finding]) -> Verdict:
+    of_run, of_service = [f.status for f in run], [f.status for f in findings]
+    if ERROR in of_run or ERROR in of_service:
+        return ERROR
+    if INCONCLUSIVE in of_run or not of_service:
+        return INCONCLUSIVE
+    return Verdict.worst(of_run + of_service)
+
+
+def counts(timeline: Timeline) -> Counts:
+    """What became of the load, by the requests' own records; `planned` by the workers' accounts."""
+    by = Counter(_account(r.outcome) for r in timeline.replies)
+    planned = sum(e.planned for e in of(timeline, LoadEnd))
+    return Counts(planned, by["ok"], by["failed"], by["shed"], by["censored"])
+
+
+def _account(outcome: Outcome) -> str:
+    special = {Outcome.OK: "ok", Outcome.CLIENT_SHED: "shed", Outcome.CENSORED: "censored"}
+    return special.get(outcome, "failed")
+
+
+def soundness(timeline: Timeline, objectives: Objectives, findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """Findings about the run itself, in the order in which it went."""
+    return (
+        _load_conserved(timeline),
+        _enough(timeline, objectives),
+        _fit(timeline),
+        _steady(timeline, findings),
+        _proven(timeline),
+        _healed(timeline),
+        _clean(timeline),
+        *_notes(timeline),
+    )
+
+
+def _run(objective: str, status: Verdict, evidence: str, observed: float | None = None, **more: object) -> Finding:
+    limit, unit, samples = more.get("limit"), more.get("unit", ""), more.get("samples", 0)
+    assert limit is None or isinstance(limit, float)
+    assert isinstance(unit, str) and isinstance(samples, int)
+    return Finding("run", objective, status, observed, limit, unit, samples=samples, evidence=evidence)
+
+
+def _load_conserved(timeline: Timeline) -> Finding:
+    """planned = ok + failed + shed + censored, by each worker's account and by the records themselves."""
+    title = "load as planned"
+    ends: dict[int, list[LoadEnd]] = {}
+    for e in of(timeline, LoadEnd):
+        ends.setdefault(e.worker, []).append(e)
+    recorded: dict[int, Counter[str]] = {}
+    for r in timeline.replies:
+        recorded.setdefault(r.worker, Counter())[_account(r.outcome)] += 1
+    workers = ends.keys() | recorded.keys() | {h.worker for h in of(timeline, Heartbeat)}
+    planned = sum(e.planned for some in ends.values() for e in some)
+    troubles = [t for w in sorted(workers) if (t := _worker_trouble(w, ends.get(w, []), recorded.get(w, Counter())))]
+    wanted = timeline.about.settings.get("workers", "")
+    if wanted.isdigit() and int(wanted) != len(workers):
+        troubles.append(f"{wanted} load workers were started, {len(workers)} left a record")
+    twice = [seq for seq, n in Counter(r.seq for r in timeline.replies).items() if n > 1]
+    if twice:
+        troubles.append(f"request {min(twice)} is recorded more than once")
+    if not workers:
+        troubles.append("no load worker left a record")
+    if troubles:
+        return _run(title, INCONCLUSIVE, "; ".join(troubles), float(len(timeline.replies)), limit=float(planned))
+    return _run(
+        title, PASS, f"{len(workers)} workers", float(planned), limit=float(planned), unit="count", samples=planned
+    )
+
+
+def _worker_trouble(worker: int, ends: list[LoadEnd], recorded: Counter[str]) -> str:
+    if len(ends) != 1:
+        return f"load worker {worker} was lost: it left {len(ends)} final accounts"
+    e = ends[0]
+    said = {"ok": e.ok, "failed": e.failed, "shed": e.shed, "censored": e.censored}
+    if e.planned != sum(said.values()):
+        return f"load worker {worker} planned {e.planned} requests and accounts for {sum(said.values())}"
+    wrong = [f"{recorded[k]} {k} for {n}" for k, n in said.items() if recorded[k] != n]
+    return f"load worker {worker}'s records do not match its account: {', '.join(wrong)}" if wrong else ""
+
+
+def _enough(timeline: Timeline, objectives: Objectives) -> Finding:
+    title = "enough load"
+    judged = dict.fromkeys(phase for phase, _ in objectives.items())
+    good = {
+        p: sum(1 for r in timeline.replies if r.counted and (w := window(timeline, p)) and r.t_intended in w)
+        for p in judged
+    }
+    few = [f"{p.value}: {n} requests" for p, n in good.items() if n < FEWEST_REQUESTS]
+    shed = _shed_share(timeline)
+    if few or shed > SHED_SHARE:
+        told = few + ([f"{shed:.1%} of the requests were never sent"] if shed > SHED_SHARE else [])
+        return _run(
+            title,
+            INCONCLUSIVE,
+            "; ".join(told),
+            float(min(good.values(), default=0)),
+            limit=float(FEWEST_REQUESTS),
+            unit="count",
+        )
+    if not judged:
+        return _run(title, INCONCLUSIVE, "nothing was asked of the service")
+    said = ", ".join(f"{p.value}: {n}" for p, n in good.items())
+    return _run(title, PASS, said, float(min(good.values())), limit=float(FEWEST_REQUESTS), unit="count")
+
+
+SHED_SHARE = 0.01  # requests that we did not send although they were planned, in the judged phases
+
+
+def _shed_share(timeline: Timeline) -> float:
+    spans = [w for p in Phase if (w := window(timeline, p))]
+    some = [r for r in timeline.replies if any(r.t_intended in w for w in spans)]
+    return sum(r.outcome is Outcome.CLIENT_SHED for r in some) / len(some) if some else 0.0
+
+
+def _fit(timeline: Timeline) -> Finding:
+    """The load generator kept its schedule in the judged phases, second by second.
+
+    Single seconds of a busy machine are tolerated, one in twenty per phase: latency counts from the intended instant,
+    so a late generator can only make the service look slower; and R is bounded by the true send times, so that it
+    widens the recovery's interval instead of shifting it.
+    """
+    title = "load generator fit"
+    beats: dict[int, list[Heartbeat]] = {}
+    for h in of(timeline, Heartbeat):
+        beats.setdefault(h.worker, []).append(h)
+    if not beats:
+        return _run(title, INCONCLUSIVE, "no heartbeat of a load worker")
+    troubles, worst = [], 0.0
+    for phase in Phase:
+        span = window(timeline, phase)
+        if span is None:
+            continue
+        for worker, some in sorted(beats.items()):
+            inside = sorted((h for h in some if h.t in span), key=lambda h: h.t)
+            edges = [span.start, *(h.t for h in inside), span.end]
+            silent = max(b - a for a, b in pairwise(edges))
+            if silent > SILENT:
+                troubles.append(f"{phase.value}: no heartbeat of worker {worker} for {silent:.1f} s")
+            bad = [h for h in inside if h.run_queue > RUN_QUEUE or h.delay_p99 > DELAY]
+            part = len(bad) / len(inside) if inside else 0.0
+            worst = max(worst, part)
+            if len(bad) > max(1, SATURATED_SHARE * len(inside)):
+                top = max(bad, key=lambda h: h.delay_p99)
+                troubles.append(
+                    f"{phase.value}: worker {worker} saturated in {len(bad)} of {len(inside)} s "
+                    f"(delay up to {top.delay_p99 * 1000:.0f} ms, waited {max(h.run_queue for h in bad):.0%} for a CPU)"
+                )
+    return _run(
+        title,
+        INCONCLUSIVE if troubles else PASS,
+        "; ".join(troubles),
+        worst,
+        limit=SATURATED_SHARE,
+        unit="share",
+        samples=sum(len(b) for b in beats.values()),
+    )
+
+
+def _steady(timeline: Timeline, findings: tuple[Finding, ...]) -> Finding:
+    title = "steady state"
+    if window(timeline, Phase.BEFORE) is None:
+        return _run(title, INCONCLUSIVE, "the phase before the fault is not complete")
+    missed = [f.objective for f in findings if f.phase is Phase.BEFORE and f.status is not PASS]
+    if missed:
+        return _run(title, INCONCLUSIVE, f"not reached: {', '.join(missed)}")
+    if not requests(timeline, Phase.BEFORE):
+        return _run(title, INCONCLUSIVE, "no request before the fault")
+    absent = [p.value for p in (Phase.DURING, Phase.AFTER) if window(timeline, p) is None]
+    if absent:
+        return _run(title, INCONCLUSIVE, f"the run has no complete phase {' and '.join(absent)}")
+    return _run(title, PASS, "held before the fault")
+
+
+def _proven(timeline: Timeline) -> Finding:
+    """The control plane says that it is injected, and someone else saw that it acts, until the heal."""
+    title = "fault proven"
+    harm, undo = first(timeline, Step.APPLY), first(timeline, Step.UNDO)
+    if harm is None:
+        return _run(title, INCONCLUSIVE, "no harm was sent")
+    if first(timeline, Step.LEDGER, ok_only=True) is None:
+        return _run(title, INCONCLUSIVE, "no undo was written before the harm")
+    limit = undo if undo is not None and not timeline.fault.one_shot else float("inf")
+    for step, what in ((Step.INJECTED, "injected by the control plane"), (Step.EFFECT, "seen to act")):
+        some = [m for m in marks(timeline, step) if harm <= m.t <= limit]
+        good = [m for m in some if m.ok]
+        if not good:
+            told = "; ".join(m.detail for m in some if m.detail)
+            return _run(title, INCONCLUSIVE, f"not {what} before the heal{': ' + told if told else ''}")
+        never = {m.what for m in some} - {m.what for m in good}
+        if never:
+            return _run(title, INCONCLUSIVE, f"{', '.join(sorted(never))}: never {what}")
+        lost = _lost(some)
+        if lost is not None and not timeline.fault.one_shot:
+            return _run(title, INCONCLUSIVE, f"{lost.what or step.value} was lost before the heal: {lost.detail}")
+    return _run(title, PASS, "injected, and seen to act")
+
+
+def _lost(some: list[FaultMark]) -> FaultMark | None:
+    """The first look at which a part that had been proven was not there."""
+    seen: set[str] = set()
+    for m in some:
+        if m.ok:
+            seen.add(m.what)
+        elif m.what in seen:
+            return m
+    return None
+
+
+def _healed(timeline: Timeline) -> Finding:
+    title = "fault healed"
+    if first(timeline, Step.APPLY) is None:
+        return _run(title, PASS, "no harm was sent")
+    if timeline.fault.one_shot:
+        failed = [m for s in (Step.RECOVERED, Step.GONE, Step.HEALED) for m in _latest(timeline, s) if not m.ok]
+        if failed:
+            return _run(title, ERROR, "; ".join(f"{m.step.value} {m.what}: {m.detail}" for m in failed))
+        return _run(title, PASS, "it ends by itself")
+    troubles = []
+    if first(timeline, Step.UNDO) is None:
+        troubles.append("no undo was sent")
+    for step in (Step.RECOVERED, Step.GONE, Step.HEALED):
+        latest = _latest(timeline, step)
+        if not latest:
+            troubles.append(f"never seen to be {step.value}")
+        troubles += [f"{step.value} {m.what}: {m.detail or 'not ok'}" for m in latest if not m.ok]
+    if troubles:
+        return _run(title, ERROR, "; ".join(troubles))
+    return _run(title, PASS, "recovered in the control plane, and seen to be gone")
+
+
+def _latest(timeline: Timeline, step: Step) -> list[FaultMark]:
+    """The last word on each part: a heal that worked the second time worked."""
+    return list({m.what: m for m in marks(timeline, step)}.values())
+
+
+def _clean(timeline: Timeline) -> Finding:
+    title = "cluster clean"
+    latest = _latest(timeline, Step.CLEAN)
+    if not latest:
+        return _run(title, ERROR, "nobody looked whether something of ours is left")
+    left = [m.detail or m.what or "something of ours is left" for m in latest if not m.ok]
+    return _run(title, ERROR if left else PASS, "; ".join(left) or "nothing of ours is left")
+
+
+def _notes(timeline: Timeline) -> list[Finding]:
+    status = {"error": ERROR, "fail": FAIL, "inconclusive": INCONCLUSIVE}
+    title = {"error": "run went wrong", "fail": "stop condition", "inconclusive": "run could not see"}
+    return [_run(title[n.level], status[n.level], n.text) for n in of(timeline, Note) if n.level in status]

@@ -1,0 +1,343 @@
+"""Recovery time, with an error bar (DESIGN 5).
+
+Requests are put in the order in which they were meant to be sent; each is good or bad. Bad requests that belong
+together make an *outage*; every outage gets its own clock and the slowest one counts:
+
+- Two bad requests are of the same outage when fewer than `RUN` good ones lie between them, or when both lie in one
+  window of length `hold` over which the objective is broken.
+- R lies in (last bad, m-th good after it], m the smallest number with (1 − q)^m ≤ 0.005, q the share of bad requests
+  in the tail of that outage (its lower confidence bound: a large q would claim more precision than it has).
+- The clock of the outage that follows the fault runs from F ∈ [first harm sent, F_high]; of a later one from its own
+  onset; under `recovers="after_heal"`, of one that lasts into the heal from the heal.
+
+`RUN` is m for the smallest share that is told apart, one in ten. It does not depend on the data on purpose: linking
+by an estimated q would let *additional* failures raise q, split an outage in two and so improve the verdict.
+Pure functions of the timeline. All instants and durations are seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal, Protocol
+
+from gameday.model import EndpointMark, Phase, PodMark, Recovery, Reply, Step, Timeline
+from gameday.units import show_duration
+from gameday.windows import Window, fault_low, first, marks, of, window
+
+CHANCE = 0.005  # of a run of m good requests while the outage still lasts
+SMALLEST_SHARE = 0.1
+TAIL = 20  # bad requests from which the share at an outage's end is estimated
+NEAR = 1.0  # seconds after the effect in which even a tolerated outage is blamed on the fault
+
+
+def run_needed(share: float) -> int:
+    """How many good requests in a row show that an outage with this share of bad ones is over."""
+    if share >= 1 - CHANCE:
+        return 1
+    return max(1, math.ceil(math.log(CHANCE) / math.log(1 - max(share, SMALLEST_SHARE)) - 1e-9))
+
+
+RUN = run_needed(SMALLEST_SHARE)
+
+
+class Asked(Protocol):
+    """What `Recovers` says; named here so that the objective can use this module."""
+
+    @property
+    def within(self) -> float: ...
+    @property
+    def hold(self) -> float: ...
+    @property
+    def at_least(self) -> float: ...
+    @property
+    def recovers(self) -> Literal["by_failover", "after_heal"]: ...
+    def good(self, reply: Reply) -> bool:
+        """Whether the request ended properly within the latency objectives."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Requests in intended order: `t` meant to be sent, `sent` truly sent, `good`."""
+
+    t: tuple[float, ...]
+    sent: tuple[float, ...]
+    good: tuple[bool, ...]
+    bad_before: tuple[int, ...]  # cumulative, one longer
+    start: float  # of the observation: no harm before
+    end: float
+
+    @classmethod
+    def of(cls, replies: Sequence[Reply], asked: Asked, start: float, end: float) -> Series:
+        good = tuple(asked.good(r) for r in replies)
+        sent = tuple(max(r.t_intended, r.t_start or r.t_intended) for r in replies)
+        bad_before = tuple(accumulate((not g for g in good), initial=0))
+        return cls(tuple(r.t_intended for r in replies), sent, good, bad_before, start, end)
+
+    def bads(self) -> list[int]:
+        return [i for i, g in enumerate(self.good) if not g]
+
+    def share_bad(self, lo: int, hi: int) -> float:
+        return (self.bad_before[hi] - self.bad_before[lo]) / (hi - lo) if hi > lo else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Bad requests that belong together: indices of the first and last; `broken`: beyond what the objective allows."""
+
+    first: int
+    last: int
+    broken: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Back:
+    """One outage's recovery. `low`/`high` bound R; `sure` is the instant of the RUN-th good request (None: unseen)."""
+
+    outage: Outage
+    onset: Window  # when its clock started, with its uncertainty
+    clock: Literal["fault", "onset", "heal"]
+    point: float
+    low: float
+    high: float
+    sure: float | None
+    held: bool  # the hold window after R was observed to its end
+    by_heal: Literal["no", "maybe", "yes"]
+
+    @property
+    def seconds_low(self) -> float:
+        return max(0.0, self.low - self.onset.end)
+
+    @property
+    def seconds_high(self) -> float:
+        return max(0.0, self.high - self.onset.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All outages after the fault; `fault` is None when no harm was sent, `series` is what was looked at."""
+
+    fault: Window | None
+    point: float | None  # best guess of F
+    series: Series
+    backs: tuple[Back, ...]
+    gap: float  # the longest time without a request, seconds
+
+    @property
+    def worst(self) -> Back | None:
+        return max(self.backs, key=lambda b: (not b.held, b.by_heal == "yes", b.high - b.onset.start), default=None)
+
+
+def fault_instant(timeline: Timeline) -> Window | None:
+    """[F_low, F_high]: from the first harm sent to the effect's proof or the first bad reply by a target."""
+    low = fault_low(timeline)
+    if low is None:
+        return None
+    proofs = [m.t for m in marks(timeline, Step.EFFECT) if m.ok and m.t >= low]
+    targets = frozenset(p.rsplit("/", 1)[-1] for p in timeline.fault.pods)
+    bad = [r.t_end for r in timeline.replies if r.counted and not r.ok and r.t_end >= low and _pod(r) in targets]
+    found = proofs + bad
+    return Window(low, min(found)) if found else None
+
+
+def _pod(reply: Reply) -> str | None:
+    return reply.pod.rsplit("/", 1)[-1] if reply.pod else None
+
+
+def examine(timeline: Timeline, asked: Asked) -> Measured:
+    """Find every outage from the fault to the end of what was observed, and when each was over."""
+    fault = fault_instant(timeline)
+    low = fault_low(timeline)
+    spans = [w for p in (Phase.DURING, Phase.AFTER) if (w := window(timeline, p))]
+    end = max((w.end for w in spans), default=low if low is not None else 0.0)
+    chosen = [] if low is None else [r for r in timeline.replies if r.counted and low <= r.t_intended < end]
+    series = Series.of(sorted(chosen, key=lambda r: (r.t_intended, r.seq)), asked, low or 0.0, end)
+    if fault is None or low is None:
+        return Measured(None, None, series, (), math.inf)
+    point = _fault_point(timeline, fault, asked)
+    edges = (low, *series.t, end)
+    gap = max(b - a for a, b in pairwise(edges))
+    backs = tuple(_back(timeline, asked, series, fault, o) for o in outages(series, asked))
+    return Measured(fault, point, series, backs, gap)
+
+
+def _fault_point(timeline: Timeline, fault: Window, asked: Asked) -> float:
+    """The best guess of F within its bounds: the first sign of harm, or the middle when there is none."""
+    signs = [
+        r.t_end if r.t_intended < fault.start else r.t_intended
+        for r in timeline.replies
+        if r.counted and r.t_end >= fault.start and not asked.good(r)
+    ]
+    before_proof = [t for t in signs if fault.start <= t <= fault.end]
+    return min(before_proof, default=(fault.start + fault.end) / 2)
+
+
+def outages(series: Series, asked: Asked) -> list[Outage]:
+    """Link bad requests: a link can only be added by further failures, never removed."""
+    bads = series.bads()
+    if not bads:
+        return []
+    spans = _broken_spans(series, asked, bads)
+    ends = [b for a, b in spans]
+    found: list[Outage] = []
+    start = bads[0]
+    for a, b in pairwise([*bads, len(series.t) + RUN + 1]):
+        at = bisect_right(ends, a)  # the first span that ends after this bad request
+        if b < len(series.t) and (b - a - 1 < RUN or (at < len(spans) and spans[at][0] <= a and b < spans[at][1])):
+            continue
+        found.append(Outage(start, a, any(series.share_bad(max(lo, start), min(hi, a + 1)) > 0 for lo, hi in spans)))
+        start = b
+    return found
+
+
+def _broken_spans(series: Series, asked: Asked, bads: Sequence[int]) -> list[tuple[int, int]]:
+    """Index ranges of windows of length `hold` over which the objective is broken; merged where they share a bad."""
+    windows = sorted({w for i in bads for w in _windows_at(series, asked.hold, i)})
+    spans: list[tuple[int, int]] = []
+    for lo, hi in windows:
+        if hi <= lo or 1 - series.share_bad(lo, hi) >= asked.at_least:
+            continue
+        if spans and series.share_bad(lo, min(hi, spans[-1][1])) > 0:
+            spans[-1] = (spans[-1][0], max(hi, spans[-1][1]))
+        else:
+            spans.append((lo, hi))
+    return spans
+
+
+def _windows_at(series: Series, hold: float, i: int) -> tuple[tuple[int, int], ...]:
+    """The windows that begin or end at request i; one that the observation's edge cuts short is moved inside."""
+    begin = max(series.start, min(series.t[i], series.end - hold))
+    close = max(series.t[i], series.start + hold)
+    forward = (bisect_left(series.t, begin), bisect_right(series.t, begin + hold))
+    backward = (bisect_left(series.t, close - hold), bisect_right(series.t, close))
+    return forward, backward
+
+
+def _tail_share(series: Series, outage: Outage) -> tuple[float, float]:
+    """Share of bad requests at the outage's end: estimate, and lower bound (one standard error, Wilson)."""
+    bads = [i for i in range(outage.first, outage.last + 1) if not series.good[i]]
+    begins = {bads[0], bads[max(0, len(bads) - TAIL)]}
+    looks = [(series.bad_before[outage.last + 1] - series.bad_before[b], outage.last + 1 - b) for b in begins]
+    k, n = min(looks, key=lambda look: _wilson_low(*look))
+    return (k - 0.5) / n, _wilson_low(k, n)
+
+
+def _wilson_low(k: int, n: int) -> float:
+    p = k / n
+    return (p + 1 / (2 * n) - math.sqrt(p * (1 - p) / n + 1 / (4 * n * n))) / (1 + 1 / n)
+
+
+def _back(timeline: Timeline, asked: Asked, series: Series, fault: Window, outage: Outage) -> Back:
+    share, share_low = _tail_share(series, outage)
+    m, last = run_needed(share_low), outage.last
+    low = series.t[last]
+    high = series.sent[last + m] if last + m < len(series.t) else series.end
+    sure = series.sent[last + RUN] if last + RUN < len(series.t) else None
+    point = _median(series, last, m, share)
+    held = not outage.broken or high + asked.hold <= series.end + 1e-9
+    onset, clock = _onset(timeline, asked, series, fault, outage, low)
+    undo = None if timeline.fault.one_shot else first(timeline, Step.UNDO)
+    by_heal: Literal["no", "maybe", "yes"] = "no"
+    if undo is not None and outage.broken and series.t[outage.first] < undo and asked.recovers == "by_failover":
+        by_heal = "yes" if low >= undo else "maybe" if (sure or series.end) >= undo else "no"
+    return Back(outage, onset, clock, point, low, max(high, low), sure, held, by_heal)
+
+
+def _median(series: Series, last: int, m: int, share: float) -> float:
+    """The median of R: gap j after the last bad request is as likely as its width times (1 − q)^j."""
+    edges = [series.t[last], *(series.sent[i] for i in range(last + 1, min(last + m, len(series.t) - 1) + 1))]
+    if len(edges) < 2:
+        return min(series.end, series.t[last])
+    weights = [max(0.0, b - a) * (1 - share) ** j for j, (a, b) in enumerate(pairwise(edges))]
+    half = sum(weights) / 2
+    for weight, (a, b) in zip(weights, pairwise(edges), strict=True):
+        if weight >= half:
+            return a + (b - a) * (half / weight if weight else 0.0)
+        half -= weight
+    return edges[-1]
+
+
+def _onset(
+    timeline: Timeline, asked: Asked, series: Series, fault: Window, outage: Outage, low: float
+) -> tuple[Window, Literal["fault", "onset", "heal"]]:
+    t = series.t[outage.first]
+    undo = None if timeline.fault.one_shot else first(timeline, Step.UNDO)
+    if asked.recovers == "after_heal" and undo is not None and t < undo:
+        gone = [m.t for s in (Step.RECOVERED, Step.GONE) for m in marks(timeline, s) if m.ok and m.t >= undo]
+        return Window(undo, min(gone, default=undo)), "heal"
+    # The proof, not F_high: a bad reply that lowers F_high must not move an outage out of the fault's reach.
+    proof = min((m.t for m in marks(timeline, Step.EFFECT) if m.ok and m.t >= fault.start), default=fault.end)
+    if (undo is None or t < undo) and t <= proof + (max(asked.hold, NEAR) if outage.broken else NEAR):
+        return fault, "fault"
+    before = series.t[outage.first - 1] if outage.first else fault.start
+    return Window(before, t), "onset"
+
+
+def measure(timeline: Timeline, asked: Asked) -> Recovery:
+    """Recovery time R − F of the slowest outage, its interval and its stages; `seconds` None: never back."""
+    found = examine(timeline, asked)
+    if found.fault is None or found.point is None:
+        return Recovery(None, None, None, story="the fault was not seen to act")
+    fault = found.fault
+    worst = found.worst
+    if worst is None:
+        steps = stages(timeline, found.point, found.point)
+        return Recovery(0.0, 0.0, found.gap, steps, fault.start, fault.end, found.point, "no outage seen")
+    steps = stages(timeline, found.point, worst.point if worst.held else None)
+    low, high = worst.seconds_low, worst.seconds_high
+    if not worst.held:
+        return Recovery(None, low, None, steps, fault.start, fault.end, None, "never back for the whole hold time")
+    origin = found.point if worst.clock == "fault" else (worst.onset.start + worst.onset.end) / 2
+    value = min(max(worst.point - origin, low), high)
+    story = _story(steps, worst, len(found.backs))
+    return Recovery(value, low, high, steps, fault.start, fault.end, worst.point, story)
+
+
+def _story(steps: Mapping[str, float], worst: Back, outages_seen: int) -> str:
+    parts = []
+    if worst.by_heal == "yes":
+        parts.append("recovered only by the heal")
+    if worst.clock == "onset":
+        parts.append("a relapse, from its own onset")
+    if worst.clock == "heal":
+        parts.append("from the heal")
+    if outages_seen > 1:
+        parts.append(f"the slowest of {outages_seen} outages")
+    parts += [f"{name} {show_duration(after)}" for name, after in steps.items()]
+    return " · ".join(parts)
+
+
+def stages(timeline: Timeline, fault: float, back: float | None) -> dict[str, float]:
+    """Seconds after F at which each step towards recovery was seen; a step that was not seen is absent."""
+    old = {p.rsplit("/", 1)[-1] for p in timeline.fault.pods}
+    new: set[str] = set()
+    found: dict[str, float] = {}
+
+    def note(name: str, t: float) -> None:
+        if t >= fault and (name not in found or t - fault < found[name]):
+            found[name] = t - fault
+
+    for e in of(timeline, EndpointMark):
+        if not (e.ready and e.present) and (e.target or e.pod.rsplit("/", 1)[-1] in old):
+            note("noticed", e.t)
+    pod_marks = sorted(of(timeline, PodMark), key=lambda m: m.t)
+    for p in pod_marks:
+        name = p.pod.rsplit("/", 1)[-1]
+        if p.stage == "created" and p.t >= fault and name not in old:
+            new.add(name)
+        if name in new and p.stage in _STAGE_OF:
+            note(_STAGE_OF[p.stage], p.t)
+    for r in timeline.replies:
+        if r.ok and _pod(r) in new and r.t_first is not None:
+            note("served", r.t_first)
+    if back is not None:
+        note("steady", back)
+    return {name: found[name] for name in STAGES if name in found}
+
+
+STAGES = ("noticed", "moved", "started", "loaded", "served", "steady")
+_STAGE_OF: Mapping[str, str] = {"scheduled": "moved", "started": "started", "ready": "loaded"}
