@@ -103,6 +103,27 @@ def children_in_new_pidns() -> Iterator[None]:
         os.close(own)
 
 
+@contextmanager
+def children_in_pidns(fd: int) -> Iterator[None]:
+    """Processes forked inside live in the process namespace `fd`, which is closed."""
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        setns(fd, CLONE_NEWPID)
+        try:
+            yield
+        finally:
+            setns(own, CLONE_NEWPID)
+    finally:
+        os.close(own)
+        os.close(fd)
+
+
+def namespaces(pid: int) -> dict[int, int]:
+    """Open namespaces of another process, to be entered in this order: kind → fd."""
+    kinds = {"pid": CLONE_NEWPID, "net": CLONE_NEWNET, "ipc": CLONE_NEWIPC, "uts": CLONE_NEWUTS, "mnt": CLONE_NEWNS}
+    return {kind: os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name, kind in kinds.items()}
+
+
 def start_ticks(pid: int) -> int | None:
     """When `pid` was started (clock ticks since boot): with the pid, a name that is never reused. None: gone."""
     try:

@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import orjson
@@ -107,9 +107,11 @@ class Wanted:
 
         since = query.get("sinceTime")
         if (seconds := number("sinceSeconds")) is not None:
-            since = datetime.fromtimestamp(datetime.now(UTC).timestamp() - seconds, UTC).isoformat()
+            since = (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat()
         if since:
-            since = datetime.fromisoformat(since.replace("Z", "+00:00")).astimezone(UTC).isoformat()
+            since = (
+                datetime.fromisoformat(since.replace("Z", "+00:00")).astimezone(UTC).isoformat(timespec="microseconds")
+            )
 
         def flag(name: str) -> bool:
             return query.get(name, "").lower() in ("true", "1")

@@ -54,6 +54,7 @@ class Spawn:
     isolated: bool = False
     hostname: str = ""
     mounts: tuple[Mount, ...] | None = None
+    join: str | None = None  # run inside the namespaces of this other spawned process
 
 
 class StartError(Exception):
@@ -102,13 +103,26 @@ class Zygote:
         return True
 
     def _spawn(self, order: dict[str, Any], fds: Sequence[int]) -> None:
+        spaces: dict[int, int] = {}
+        where: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if order["isolated"]:
+            where = linux.children_in_new_pidns()
+        elif order["join"]:
+            joined = self._pids.get(order["join"])
+            if joined is None:
+                self._tell({"op": "failed", "id": order["id"], "error": "the container is not running"})
+                return
+            spaces = linux.namespaces(joined)
+            where = linux.children_in_pidns(spaces.pop(linux.CLONE_NEWPID))
         ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
-        with linux.children_in_new_pidns() if order["isolated"] else contextlib.nullcontext():
+        with where:
             pid = os.fork()
         if pid == 0:
             os.close(ready_r)
-            _become(order, fds, ready_w)
+            _become(order, fds, ready_w, spaces)
         os.close(ready_w)
+        for fd in spaces.values():
+            os.close(fd)
         failure = b""
         while chunk := os.read(ready_r, 4096):
             failure += chunk
@@ -139,11 +153,11 @@ class Zygote:
             self._sock.send(orjson.dumps(message))
 
 
-def _become(order: dict[str, Any], fds: Sequence[int], ready: int) -> NoReturn:
+def _become(order: dict[str, Any], fds: Sequence[int], ready: int, spaces: Mapping[int, int]) -> NoReturn:
     """In the fork: turn into the ordered process, and never run on into the parent's code."""
     code = 1
     try:
-        code = _live(order, fds, ready)
+        code = _live(order, fds, ready, spaces)
     except SystemExit as asked:
         code = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
     except KeyboardInterrupt:
@@ -157,9 +171,9 @@ def _become(order: dict[str, Any], fds: Sequence[int], ready: int) -> NoReturn:
         os._exit(code)
 
 
-def _live(order: dict[str, Any], fds: Sequence[int], ready: int) -> int:
+def _live(order: dict[str, Any], fds: Sequence[int], ready: int, spaces: Mapping[int, int]) -> int:
     try:
-        target = _prepare(order, fds, ready)
+        target = _prepare(order, fds, ready, spaces)
         if target is None:
             _exec(order["argv"])
     except (OSError, ImportError, AttributeError) as failed:
@@ -170,7 +184,9 @@ def _live(order: dict[str, Any], fds: Sequence[int], ready: int) -> int:
     return target(list(order["argv"])) or 0
 
 
-def _prepare(order: dict[str, Any], fds: Sequence[int], ready: int) -> Callable[[list[str]], int | None] | None:
+def _prepare(
+    order: dict[str, Any], fds: Sequence[int], ready: int, spaces: Mapping[int, int]
+) -> Callable[[list[str]], int | None] | None:
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -195,6 +211,8 @@ def _prepare(order: dict[str, Any], fds: Sequence[int], ready: int) -> Callable[
             mounts.proc()
         else:
             mounts.apply([Mount(**item) for item in order["mounts"]])
+    for kind, fd in spaces.items():
+        linux.setns(fd, kind)
     os.chdir(order["cwd"])
     null = os.open(os.devnull, os.O_RDONLY)
     for fd, number in ((null, 0), (out, 1), (err, 2)):

@@ -1,0 +1,114 @@
+"""The machine provider: as many machines per zone as ordered. Deleting a Node ends its machine; a new one boots."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sandbox.client import NODES, Api, EventType, Informer, Obj
+from sandbox.node import kernel_log
+from sandbox.node.agent import Machine
+from sandbox.node.volumes import Place
+from sandbox.node.zygote import Spawn, StartError, ZygoteClient
+from sandbox.options import Options
+
+log = logging.getLogger(__name__)
+
+MOST_PER_ZONE = 60  # machine names for which identities are made in advance
+
+
+def machine_name(zone: str, number: int) -> str:
+    return f"node-{zone}-{number}"
+
+
+@dataclass(slots=True)
+class Machines:
+    """Boots and terminates machines through the fabric's zygote."""
+
+    zygote: ZygoteClient
+    options: Options
+    state: Path
+    ca: str
+    tokens: dict[str, str]  # machine name → token
+    _live: dict[str, Machine] = field(default_factory=dict)
+    _numbers: dict[str, int] = field(default_factory=dict)  # the last number given out, by zone
+    _index: int = 0
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def boot_all(self) -> list[str]:
+        """The first machines, in the order of their zones: their names. Raises `StartError`."""
+        orders = [self._next(zone) for _ in range(self.options.nodes_per_zone) for zone in self.options.zones]
+        await asyncio.gather(*(self._boot(machine) for machine in orders))
+        return [machine.name for machine in orders]
+
+    def _next(self, zone: str) -> Machine:
+        number = self._numbers.get(zone, 0) + 1
+        self._numbers[zone] = number
+        self._index += 1
+        name = machine_name(zone, number)
+        root = str(self.state / "nodes" / name)
+        token = self.tokens.get(name, "")
+        gpus = self.options.gpus_per_node
+        return Machine(name, self._index, zone, gpus, root, token, self.ca, self.options.clocks)
+
+    async def _boot(self, machine: Machine) -> None:
+        place = Place(Path(machine.root))
+        kernel_log.make(place)
+        log_file = os.open(self.state / "logs" / f"{machine.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            order = Spawn(
+                id=machine.name,
+                title=f"node {machine.name}",
+                call="sandbox.node.machine:main",
+                argv=(machine.dump(), machine.name),
+                env={"PATH": os.environ.get("PATH", os.defpath)},
+                isolated=True,
+                hostname=machine.name,
+            )
+            await self.zygote.spawn(order, log_file, log_file)
+        finally:
+            os.close(log_file)
+        self._live[machine.name] = machine
+        self._start(self._watch_crash(machine))
+
+    async def _watch_crash(self, machine: Machine) -> None:
+        code = await self.zygote.exited(machine.name)
+        if machine.name in self._live:
+            log.warning("machine %s is down (%d); it stays so until its Node is deleted", machine.name, code)
+
+    async def run(self, api: Api) -> None:
+        """Follow the Node objects until cancelled."""
+        await Informer(api, NODES, on_event=self._on_node).run()
+
+    def _on_node(self, kind: EventType, node: Obj, _: Obj | None) -> None:
+        machine = self._live.get(node["metadata"]["name"])
+        if kind == "DELETED" and machine:
+            self._start(self._replace(machine))
+
+    async def _replace(self, machine: Machine) -> None:
+        del self._live[machine.name]
+        self.zygote.kill(machine.name, signal.SIGKILL)
+        await self.zygote.exited(machine.name)
+        self.zygote.forget(machine.name)
+        log.info("machine %s terminated", machine.name)
+        await asyncio.sleep(self.options.clocks.machine_boot)
+        await asyncio.to_thread(shutil.rmtree, machine.root, ignore_errors=True)
+        successor = self._next(machine.zone)
+        if not successor.token:
+            log.error("zone %s had %d machines already; no more", machine.zone, MOST_PER_ZONE)
+            return
+        try:
+            await self._boot(successor)
+            log.info("machine %s replaces %s", successor.name, machine.name)
+        except StartError as failed:
+            log.error("machine %s does not boot: %s", successor.name, failed)
+
+    def _start(self, work: object) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

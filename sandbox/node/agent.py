@@ -1,0 +1,323 @@
+"""The node agent: what a kubelet is to the API. It registers its machine, keeps it alive, runs its pods."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import uvloop
+from aiohttp import web
+
+from sandbox.client import LEASES, NODES, PODS, ApiError, EventType, HttpApi, Obj
+from sandbox.node import images, kernel_log, logs, network, node_status
+from sandbox.node.events import Recorder
+from sandbox.node.network import API_PORT, API_URL, GATEWAY, KUBELET_PORT, PodNetworks
+from sandbox.node.pod import GPU, Pod
+from sandbox.node.probes import Outcome
+from sandbox.node.status import now
+from sandbox.node.volumes import Place
+from sandbox.node.zygote import Spawn, StartError, ZygoteClient
+from sandbox.options import Clocks
+
+log = logging.getLogger(__name__)
+
+_LEASE_NAMESPACE = "kube-node-lease"
+_RETRY = 0.3  # seconds between tries to reach the API
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A machine as its provider orders it."""
+
+    name: str
+    index: int  # 1–250, never reused in a sandbox: its pods' addresses come from it
+    zone: str
+    gpus: int
+    root: str
+    token: str
+    ca: str
+    clocks: Clocks
+
+    def dump(self) -> str:
+        return orjson.dumps(self).decode()
+
+    @staticmethod
+    def load(text: str) -> Machine:
+        fields = orjson.loads(text)
+        return Machine(**{**fields, "clocks": Clocks(**fields["clocks"])})
+
+
+@dataclass(slots=True)
+class Gpus:
+    """The machine's devices, and which pod has which."""
+
+    devices: list[str]
+    taken: dict[str, str] = field(default_factory=dict)  # device → pod uid
+
+    def allocate(self, pod: Pod) -> str | None:
+        """Give the pod's containers their devices; otherwise say why not."""
+        for container in (*(pod.spec.get("initContainers") or []), *pod.spec["containers"]):
+            wanted = int(((container.get("resources") or {}).get("limits") or {}).get(GPU) or 0)
+            free = [device for device in self.devices if device not in self.taken]
+            if wanted > len(free):
+                self.release(pod.uid)
+                return (
+                    f"Allocate failed due to requested number of devices unavailable for {GPU}. "
+                    f"Requested: {wanted}, Available: {len(free)}, which is unexpected"
+                )
+            if wanted:
+                pod.gpus[container["name"]] = free[:wanted]
+                self.taken |= dict.fromkeys(free[:wanted], pod.uid)
+        return None
+
+    def release(self, uid: str) -> None:
+        self.taken = {device: owner for device, owner in self.taken.items() if owner != uid}
+
+
+class Agent:
+    """One machine's kubelet, inside its asyncio loop."""
+
+    def __init__(self, machine: Machine, api: HttpApi, zygote: ZygoteClient) -> None:
+        self.machine, self.api, self.zygote = machine, api, zygote
+        self.name, self.clocks = machine.name, machine.clocks
+        self.place = Place(Path(machine.root))
+        self.address = network.node_address(machine.index)
+        self.images = images.load()
+        self.pulled: set[str] = set()
+        self.networks = PodNetworks(machine.index)
+        self.recorder = Recorder(api, machine.name)
+        self.gpus = Gpus(node_status.gpu_uuids(machine.name, machine.gpus))
+        self.env = {
+            "KUBERNETES_SERVICE_HOST": GATEWAY,
+            "KUBERNETES_SERVICE_PORT": str(API_PORT),
+            "GAMEDAY_MODEL_LOAD_SECONDS": f"{machine.clocks.model_load:g}",
+        }
+        self._pods: dict[str, Pod] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._execs = 0
+
+    # — what its pods ask of it —
+
+    def until_relist(self) -> float:
+        """Seconds until kubelet's next look at its containers (PLEG)."""
+        period = self.clocks.pleg_period
+        return period - time.monotonic() % period
+
+    def netns_of(self, uid: str) -> int | None:
+        """An open descriptor of a pod's network namespace, for the chaos daemon; it stays ours."""
+        pod = self._pods.get(uid)
+        return pod.netns() if pod else None
+
+    def release(self, pod: Pod) -> None:
+        self.gpus.release(pod.uid)
+
+    async def exec_in(self, process: str, argv: Sequence[str], env: dict[str, str], within: float) -> Outcome:
+        """Run a command in a container's namespaces."""
+        self._execs += 1
+        name = f"exec/{self._execs}"
+        read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            order = Spawn(id=name, title="exec", argv=tuple(argv), env=env, join=process)
+            try:
+                await self.zygote.spawn(order, write, write)
+            except StartError as failed:
+                return Outcome(False, str(failed))
+            try:
+                async with asyncio.timeout(within):
+                    code = await self.zygote.exited(name)
+            except TimeoutError:
+                self.zygote.kill(name, 9)
+                return Outcome(False, f"command timed out: {' '.join(argv)} after {within:g}s")
+            self.zygote.forget(name)
+            with contextlib.suppress(BlockingIOError):
+                return Outcome(code == 0, os.read(read, 10_000).decode(errors="replace"))
+            return Outcome(code == 0, f"exit code {code}")
+        finally:
+            os.close(read)
+            os.close(write)
+
+    # — pods —
+
+    def on_pod(self, kind: EventType, obj: Obj, _: Obj | None) -> None:
+        uid = obj["metadata"]["uid"]
+        known = self._pods.get(uid)
+        if kind == "DELETED":
+            if known:
+                known.removed()
+        elif known:
+            known.update(obj)
+        elif (obj.get("status") or {}).get("phase") not in ("Succeeded", "Failed") or _deleted(obj):
+            self._spawn(self._run_pod(obj))
+
+    async def _run_pod(self, obj: Obj) -> None:
+        pod = Pod(self, obj)
+        self._pods[pod.uid] = pod
+        try:
+            if _deleted(obj):
+                pod.update(obj)
+            elif refused := self.gpus.allocate(pod):
+                await self._reject(obj, refused)
+                return
+            await pod.run()
+        finally:
+            del self._pods[pod.uid]
+            self.recorder.forget(pod.uid)
+
+    async def _reject(self, obj: Obj, why: str) -> None:
+        self.recorder.record(obj, "Warning", "UnexpectedAdmissionError", why)
+        status = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": f"Pod was rejected: {why}"}
+        meta = obj["metadata"]
+        await self._insist(
+            lambda: self.api.patch(PODS, meta["name"], {"status": status}, meta["namespace"], sub="status")
+        )
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a task of %s broke", self.name, exc_info=error)
+
+    async def _insist(self, call: Callable[[], Awaitable[Obj]]) -> Obj | None:
+        """Try until the API answers; what it refuses is logged, and None."""
+        while True:
+            try:
+                return await call()
+            except ApiError as refused:
+                if refused.code < 500 and refused.code != 429:
+                    log.warning("refused: %s", refused)
+                    return None
+            except (aiohttp.ClientError, OSError, TimeoutError) as lost:
+                log.debug("API not reached: %s", lost)
+            await asyncio.sleep(_RETRY)
+
+    # — the node —
+
+    async def register(self) -> None:
+        """Create the Node, or take over the one of that name, with what this machine has."""
+        node = node_status.node(self.machine, self.address)
+        try_once = self.api.create
+        while True:
+            try:
+                await try_once(NODES, node)
+                break
+            except ApiError as refused:
+                if refused.conflict:
+                    await self._insist(lambda: self.api.patch(NODES, self.name, {"metadata": node["metadata"]}))
+                    break
+                log.warning("registration: %s", refused)
+            except (aiohttp.ClientError, OSError, TimeoutError) as lost:
+                log.debug("registration: %s", lost)
+            await asyncio.sleep(_RETRY)
+        await self._insist(
+            lambda: self.api.patch(NODES, self.name, {"status": node["status"]}, sub="status", type="strategic")
+        )
+        ready = node["status"]["conditions"][-1]
+        about = {"kind": "Node", "apiVersion": "v1", "metadata": {"name": self.name, "uid": self.name}}
+        self.recorder.record(about, "Normal", "Starting", "Starting kubelet.")
+        self.recorder.record(about, "Normal", "NodeReady", f"Node {self.name} status is now: {ready['reason']}")
+
+    async def keep_lease(self) -> None:
+        """Renew the node's Lease, by whose age the control plane tells a dead node."""
+        spec: Obj = {"holderIdentity": self.name, "leaseDurationSeconds": max(1, round(4 * self.clocks.lease_renew))}
+        lease: Obj = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease"}
+        lease["metadata"] = {"name": self.name, "namespace": _LEASE_NAMESPACE}
+        while True:
+            try:
+                renewed = {"renewTime": logs.stamp()}
+                try:
+                    await self.api.patch(LEASES, self.name, {"spec": {**spec, **renewed}}, _LEASE_NAMESPACE)
+                except ApiError as error:
+                    if not error.not_found:
+                        raise
+                    await self.api.create(LEASES, {**lease, "spec": {**spec, **renewed}})
+                await asyncio.sleep(self.clocks.lease_renew)
+            except (ApiError, aiohttp.ClientError, OSError, TimeoutError) as lost:
+                log.debug("lease: %s", lost)
+                await asyncio.sleep(min(_RETRY, self.clocks.lease_renew))
+
+    async def keep_status(self) -> None:
+        """Correct the node's conditions when the API shows others than ours (Unknown, after a silence)."""
+        while True:
+            await asyncio.sleep(self.clocks.node_status)
+            try:
+                node = await self.api.get(NODES, self.name)
+                if patch := node_status.correction(node):
+                    await self.api.patch(NODES, self.name, patch, sub="status", type="strategic")
+            except (ApiError, aiohttp.ClientError, OSError, TimeoutError) as lost:
+                log.debug("node status: %s", lost)
+
+    # — logs —
+
+    async def container_log(self, request: web.Request) -> web.StreamResponse:
+        """GET /containerLogs/{namespace}/{pod}/{container}, as kubelets serve it."""
+        namespace, name, container = (request.match_info[part] for part in ("namespace", "pod", "container"))
+        for pod in self._pods.values():
+            meta = pod.obj["metadata"]
+            if (meta["namespace"], meta["name"]) == (namespace, name) and (found := pod.container(container)):
+                try:
+                    source = found.log_source(previous=request.query.get("previous") in ("true", "1"))
+                except logs.NotThere as reason:
+                    return web.Response(status=400, text=str(reason))
+                return await logs.answer(request, source)
+        return web.Response(status=404, text=f'pod "{namespace}/{name}" has no container "{container}" on this node')
+
+    async def run(self) -> None:
+        """Until cancelled, or until the machine's first process is gone."""
+        network.add_node_address(self.machine.index)
+        app = web.Application()
+        app.router.add_get("/containerLogs/{namespace}/{pod}/{container}", self.container_log)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+        await runner.setup()
+        await web.TCPSite(runner, self.address, KUBELET_PORT).start()
+        self.zygote.start()
+        await self.register()
+        from sandbox.client import Informer  # noqa: PLC0415
+
+        pods = Informer(self.api, PODS, fields=f"spec.nodeName={self.name}", on_event=self.on_pod)
+        self._spawn(pods.run())
+        self._spawn(self.recorder.run())
+        self._spawn(self.keep_lease())
+        self._spawn(self.keep_status())
+        self._spawn(kernel_log.run(self.place, self.name))
+        if daemon := _chaos_daemon():
+            self._spawn(daemon(self.api, self.name, self.netns_of))
+        await self.zygote.lost.wait()
+
+
+def _deleted(obj: Obj) -> bool:
+    return "deletionTimestamp" in obj["metadata"]
+
+
+def _chaos_daemon() -> Any:
+    try:
+        return importlib.import_module("sandbox.chaos.daemon").run
+    except ModuleNotFoundError as missing:
+        log.warning("no chaos daemon: %s", missing)
+        return None
+
+
+async def _serve(machine: Machine, zygote: socket.socket) -> None:
+    async with HttpApi(API_URL, machine.token, machine.ca, user_agent=f"kubelet {now()}") as api:
+        await Agent(machine, api, ZygoteClient(zygote)).run()
+
+
+def main(machine: str, zygote: socket.socket) -> int:
+    """The agent's process; `zygote` leads to the machine's first process."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    uvloop.run(_serve(Machine.load(machine), zygote))
+    return 1
