@@ -47,7 +47,7 @@ async def serve(
             await asyncio.Event().wait()
         from sandbox import controllers as all_controllers  # late: the API must not wait for their import
 
-        await all_controllers.run(server.direct(), clocks)
+        await all_controllers.run(server.direct(), clocks, root_ca=tls.ca.read_text())
 
 
 def write_kubeconfig(path: Path, url: str, ca: Path, token: str, namespace: str = "default") -> None:

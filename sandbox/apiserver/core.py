@@ -128,9 +128,7 @@ class Core:
         items, version = self._snapshots[token["id"]]
         return items, version, token["start"]
 
-    async def watch(
-        self, res: Resource, namespace: str | None, query: Query, since: int
-    ) -> AsyncIterator[list[Event]]:
+    async def watch(self, res: Resource, namespace: str | None, query: Query, since: int) -> AsyncIterator[list[Event]]:
         """Batches of what happens after `since`. Raises ApiError(410) when that is too long ago."""
         try:
             subscription = self.store.subscribe(res.key, since)
@@ -223,8 +221,9 @@ class Core:
             )
         version = meta.get("resourceVersion")
         if not version and strategy.needs_version(res):
-            cause = errors.Cause("FieldValueInvalid", "Invalid value: 0: must be specified for an update",
-                                 "metadata.resourceVersion")
+            cause = errors.Cause(
+                "FieldValueInvalid", "Invalid value: 0: must be specified for an update", "metadata.resourceVersion"
+            )
             raise errors.invalid(res.group, res.kind, name, [cause])
         if meta.get("uid") and meta["uid"] != old.obj["metadata"]["uid"]:
             raise _uid_mismatch(res, name, meta["uid"], old.obj["metadata"]["uid"])
@@ -266,7 +265,7 @@ class Core:
         new = _ordered(new)
         if new == old.obj:
             return old
-        strategy.count_generation(res, new, old.obj)
+        strategy.count_generation(res, new, old.obj, sub)
         if write.dry_run:
             return Stored(new, orjson.dumps(new), old.version)
         if self._is_finished(res, new):

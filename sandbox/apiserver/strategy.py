@@ -28,16 +28,41 @@ _INITIAL_STATUS: dict[str, Any] = {
     "ResourceQuota": {},
     "HorizontalPodAutoscaler": {"desiredReplicas": 0, "currentMetrics": None},
     "PodDisruptionBudget": {
-        "disruptionsAllowed": 0, "currentHealthy": 0, "desiredHealthy": 0, "expectedPods": 0,
+        "disruptionsAllowed": 0,
+        "currentHealthy": 0,
+        "desiredHealthy": 0,
+        "expectedPods": 0,
     },
 }
-_GENERATIONS = frozenset({
-    "Pod", "Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "Job", "CronJob", "PodDisruptionBudget",
-    "NetworkPolicy", "PriorityClass", "CustomResourceDefinition",
-})
-_CREATE_ON_UPDATE = frozenset({
-    "Lease", "Event", "Endpoints", "LimitRange", "Service", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding",
-})
+_GENERATIONS = frozenset(
+    {
+        "Pod",
+        "Deployment",
+        "ReplicaSet",
+        "StatefulSet",
+        "DaemonSet",
+        "Job",
+        "CronJob",
+        "PodDisruptionBudget",
+        "NetworkPolicy",
+        "PriorityClass",
+        "CustomResourceDefinition",
+        "EndpointSlice",
+    }
+)
+_CREATE_ON_UPDATE = frozenset(
+    {
+        "Lease",
+        "Event",
+        "Endpoints",
+        "LimitRange",
+        "Service",
+        "Role",
+        "RoleBinding",
+        "ClusterRole",
+        "ClusterRoleBinding",
+    }
+)
 _VERSION_ON_UPDATE = frozenset({"Lease", "PodDisruptionBudget", "CustomResourceDefinition"})
 _GENERATION_COUNTS_ANNOTATIONS = frozenset({"Deployment"})
 
@@ -68,8 +93,10 @@ def before_create(core: Core, res: Resource, obj: Obj, user: Identity) -> None:
         case "Namespace":
             spec = obj.get("spec") or {}
             finalizers = spec.get("finalizers") or []
-            obj["spec"] = {**spec, "finalizers": [*finalizers, *(["kubernetes"] if "kubernetes" not in finalizers
-                                                                else [])]}
+            obj["spec"] = {
+                **spec,
+                "finalizers": [*finalizers, *(["kubernetes"] if "kubernetes" not in finalizers else [])],
+            }
         case "Secret" | "ConfigMap":
             _string_data(obj)
         case "Job":
@@ -162,8 +189,10 @@ def _status_update(res: Resource, new: Obj, old: Obj) -> Obj:
             meta.pop(key, None)
             if key in old["metadata"]:
                 meta[key] = old["metadata"][key]
-        merged["metadata"] = {key: meta[key] for key in (*[k for k in old["metadata"] if k in meta],
-                                                         *[k for k in meta if k not in old["metadata"]])}
+        merged["metadata"] = {
+            key: meta[key]
+            for key in (*[k for k in old["metadata"] if k in meta], *[k for k in meta if k not in old["metadata"]])
+        }
     return merged
 
 
@@ -172,7 +201,7 @@ def admit_update(core: Core, res: Resource, new: Obj, old: Obj, user: Identity, 
         services.allocate(core, new, old)
 
 
-def count_generation(res: Resource, new: Obj, old: Obj) -> None:
+def count_generation(res: Resource, new: Obj, old: Obj, sub: str) -> None:
     """`generation` counts changes of what is wanted, not of what is."""
     before = old["metadata"].get("generation")
     if before is None:
@@ -181,7 +210,7 @@ def count_generation(res: Resource, new: Obj, old: Obj) -> None:
     if "status" in res.subs or res.custom is None:
         ignored.add("status")
     changed = {k: v for k, v in new.items() if k not in ignored} != {k: v for k, v in old.items() if k not in ignored}
-    if res.kind in _GENERATION_COUNTS_ANNOTATIONS and res.custom is None:
+    if res.kind in _GENERATION_COUNTS_ANNOTATIONS and res.custom is None and sub != "status":
         changed |= new["metadata"].get("annotations") != old["metadata"].get("annotations")
     if changed:
         new["metadata"]["generation"] = before + 1

@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 
 from sandbox.client import Api
+from sandbox.controllers.catalog import Catalog
+from sandbox.controllers.collector import GarbageCollector
 from sandbox.controllers.deployment import Deployments
 from sandbox.controllers.disruption import DisruptionBudgets
 from sandbox.controllers.endpoints import EndpointSlices, LegacyEndpoints
-from sandbox.controllers.namespaces import RootCertificates, ServiceAccounts
+from sandbox.controllers.namespaces import RootCertificates, ServiceAccounts, Termination
+from sandbox.controllers.nodes import NodeLifecycle, PodCollector, TaintEviction
 from sandbox.controllers.replicaset import ReplicaSets
 from sandbox.controllers.scheduler import Scheduler
 from sandbox.controllers.work import Caches, Controller, Recorder, Shared
@@ -20,22 +23,28 @@ from sandbox.options import Clocks
 
 _CONTROLLERS: tuple[type[Controller], ...] = (
     ServiceAccounts,
-    RootCertificates,
     Scheduler,
     ReplicaSets,
     Deployments,
     EndpointSlices,
     LegacyEndpoints,
     DisruptionBudgets,
+    TaintEviction,
 )
 
 
-async def run(api: Api, clocks: Clocks) -> None:
-    """Run all controllers and the scheduler until cancelled."""
+async def run(api: Api, clocks: Clocks, *, root_ca: str = "") -> None:
+    """Run all controllers and the scheduler until cancelled. `root_ca`: what pods get as `ca.crt` (PEM)."""
     async with asyncio.TaskGroup() as group:
         recorder = Recorder(api)
         shared = Shared(api, Caches(api, group), recorder)
+        catalog = Catalog(api, shared.caches)
         controllers = [make(shared) for make in _CONTROLLERS]
+        controllers += [GarbageCollector(shared, catalog), Termination(shared, catalog, clocks)]
+        controllers += [NodeLifecycle(shared, clocks), PodCollector(shared, clocks)]
+        if root_ca:
+            controllers.append(RootCertificates(shared, root_ca))
+        await catalog.start()
         group.create_task(recorder.run(), name="events")
         for one in controllers:
             group.create_task(one.run(), name=one.name)

@@ -148,9 +148,7 @@ def counted(deployment: Obj, family: Family) -> Obj:
     available = sum(_status(rs, "availableReplicas") for rs in family.all)
     total = sum(wanted(rs) for rs in family.all)
     if available >= limit.least_available:
-        fresh = make_condition(
-            "Available", "True", "MinimumReplicasAvailable", "Deployment has minimum availability."
-        )
+        fresh = make_condition("Available", "True", "MinimumReplicasAvailable", "Deployment has minimum availability.")
     else:
         fresh = make_condition(
             "Available", "False", "MinimumReplicasUnavailable", "Deployment does not have minimum availability."
@@ -171,10 +169,9 @@ def counted(deployment: Obj, family: Family) -> Obj:
 
 def is_complete(deployment: Obj, status: Obj) -> bool:
     replicas = wanted(deployment)
-    return (
-        all(int(status.get(f) or 0) == replicas for f in ("updatedReplicas", "replicas", "availableReplicas"))
-        and int(status.get("observedGeneration") or 0) >= generation(deployment)
-    )
+    return all(
+        int(status.get(f) or 0) == replicas for f in ("updatedReplicas", "replicas", "availableReplicas")
+    ) and int(status.get("observedGeneration") or 0) >= generation(deployment)
 
 
 def progressed(old: Obj, new: Obj) -> bool:
@@ -372,11 +369,10 @@ class Deployments(Controller):
         if size:
             self._scaled_event(deployment, made, 0, size)
         if deadline(deployment) is not None:
-            fresh = make_condition(
-                "Progressing", "True", "NewReplicaSetCreated", f'Created new replica set "{name(made)}"'
-            )
+            message = f'Created new replica set "{name(made)}"'
+            fresh = make_condition("Progressing", "True", "NewReplicaSetCreated", message)
             status = {**(deployment.get("status") or {}), "conditions": with_condition(conditions(deployment), fresh)}
-            deployment = await self.shared.status(DEPLOYMENTS, deployment, status)
+            deployment = {**deployment, "status": status}  # written with the revision
         return deployment, Family(made, family.old)
 
     async def _collided(self, deployment: Obj, rs: Obj) -> None:
@@ -392,9 +388,11 @@ class Deployments(Controller):
         )
 
     async def _set_revision(self, deployment: Obj, number: str) -> Obj:
+        """Note the revision along with the status: by a plain update the generation would rise."""
         if notes(deployment).get(REVISION) == number:
             return deployment
-        return await self.shared.patch(DEPLOYMENTS, deployment, {"metadata": {"annotations": {REVISION: number}}})
+        meta = {**deployment["metadata"], "annotations": {**notes(deployment), REVISION: number}}
+        return await self.shared.status(DEPLOYMENTS, {**deployment, "metadata": meta}, deployment.get("status") or {})
 
     # -- scaling
 
@@ -479,9 +477,7 @@ class Deployments(Controller):
         keep = deployment["spec"].get("revisionHistoryLimit")
         if keep is None or not is_complete(deployment, deployment.get("status") or {}):
             return
-        idle = sorted(
-            (rs for rs in family.old if not deleting(rs)), key=lambda rs: (revision(rs), created(rs))
-        )
+        idle = sorted((rs for rs in family.old if not deleting(rs)), key=lambda rs: (revision(rs), created(rs)))
         for rs in idle[: max(0, len(idle) - int(keep))]:
             if wanted(rs) == 0 and _status(rs, "replicas") == 0 and observed(rs):
                 await self.shared.delete(REPLICASETS, rs, propagation="Background")

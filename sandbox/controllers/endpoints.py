@@ -296,5 +296,3 @@ class LegacyEndpoints(_OfServices):
             await self.shared.create(ENDPOINTS, body)
         else:
             await self.shared.update(ENDPOINTS, body)
-
-

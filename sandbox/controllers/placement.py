@@ -302,8 +302,7 @@ def _domains(term: Obj, owner: Obj, states: Sequence[NodeState]) -> set[str]:
     return {
         labels(state.node)[term["topologyKey"]]
         for state in states
-        if term["topologyKey"] in labels(state.node)
-        and any(_term_selects(term, owner, other) for other in state.pods)
+        if term["topologyKey"] in labels(state.node) and any(_term_selects(term, owner, other) for other in state.pods)
     }
 
 
@@ -334,9 +333,7 @@ def pod_affinity_filter(pod: Obj, states: Sequence[NodeState]) -> Filter:
     return check
 
 
-def pod_affinity_scores(
-    pod: Obj, feasible: Sequence[NodeState], states: Sequence[NodeState]
-) -> dict[str, int]:
+def pod_affinity_scores(pod: Obj, feasible: Sequence[NodeState], states: Sequence[NodeState]) -> dict[str, int]:
     wishes = [
         (sign * int(wish["weight"]), wish["podAffinityTerm"])
         for which, sign in (("podAffinity", 1), ("podAntiAffinity", -1))
@@ -468,9 +465,7 @@ def preempt(
     return state, gone
 
 
-def _victims_on(
-    pod: Obj, state: NodeState, states: Sequence[NodeState], guarded: Callable[[Obj], bool]
-) -> list[Obj]:
+def _victims_on(pod: Obj, state: NodeState, states: Sequence[NodeState], guarded: Callable[[Obj], bool]) -> list[Obj]:
     lesser = [other for other in state.pods if priority(other) < priority(pod)]
     if not lesser or not _fits_without(pod, state, states, lesser):
         return []

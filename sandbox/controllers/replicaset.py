@@ -40,7 +40,7 @@ from sandbox.controllers.objects import (
     stamp,
     uid,
 )
-from sandbox.controllers.work import Controller, Shared, each, slow_start
+from sandbox.controllers.work import Controller, Shared, each, namespace_ends, slow_start
 
 _BURST = 500  # pods created or deleted in one go
 _PHASES = {"Pending": 0, "Unknown": 1, "Running": 2}
@@ -188,9 +188,9 @@ class ReplicaSets(Controller):
             try:
                 await self._scale(rs, [pod for pod in mine if active(pod)])
             except ApiError as error:
-                failure = str(error)
-                self.record(rs, REPLICASETS, "Warning", "FailedCreate", f"Error creating: {error}")
-                if error.code != 403 or "being terminated" not in failure:
+                if not namespace_ends(error):
+                    failure = str(error)
+                    self.record(rs, REPLICASETS, "Warning", "FailedCreate", f"Error creating: {error}")
                     self.queue.add_after(key, 1.0)
         await self._report(key, failure)
 
@@ -223,9 +223,7 @@ class ReplicaSets(Controller):
         """Active pods per node of all ReplicaSets under the same Deployment."""
         ref = controller(rs)
         family = self.sets.by("controller", ref["uid"]) if ref else [rs]
-        return Counter(
-            node_of(pod) for one in family for pod in self.pods.by("controller", uid(one)) if active(pod)
-        )
+        return Counter(node_of(pod) for one in family for pod in self.pods.by("controller", uid(one)) if active(pod))
 
     async def _report(self, key: Key, failure: str) -> None:
         rs = self.sets.objects.get(key)
@@ -238,5 +236,3 @@ class ReplicaSets(Controller):
             self.queue.add_after(key, wait)
         if status != rs.get("status"):
             await self.shared.status(REPLICASETS, rs, status)
-
-

@@ -200,9 +200,7 @@ class Scheduler(Controller):
             return
         self._failures.pop(uid(pod), None)
         message = f"Successfully assigned {namespace(pod)}/{name(pod)} to {name(node)}"
-        self.shared.recorder.note(
-            pod, PODS, "Normal", "Scheduled", message, source=SCHEDULER, action="Binding"
-        )
+        self.shared.recorder.note(pod, PODS, "Normal", "Scheduled", message, source=SCHEDULER, action="Binding")
 
     async def _later(self, pod: Obj) -> None:
         """Try again after a growing pause, with the pod as it is then."""
@@ -279,4 +277,3 @@ class Scheduler(Controller):
 def _being_freed(pod: Obj, state: NodeState) -> bool:
     """Whether lesser pods are already on their way out of the nominated node."""
     return any(deleting(other) and priority(other) < priority(pod) for other in state.pods)
-

@@ -384,9 +384,7 @@ class Recorder:
             "lastTimestamp": None,
         })  # fmt: skip
 
-    def _put(
-        self, obj: Obj, kind: Kind, type: str, reason: str, message: str, source: str, fields: Obj
-    ) -> None:
+    def _put(self, obj: Obj, kind: Kind, type: str, reason: str, message: str, source: str, fields: Obj) -> None:
         if not self._allowed((source, uid(obj))):
             return
         space = namespace(obj) or "default"
@@ -467,6 +465,11 @@ async def each(jobs: Sequence[Awaitable[object]]) -> None:
     for result in await asyncio.gather(*jobs, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
+
+
+def namespace_ends(error: ApiError) -> bool:
+    """Whether a creation was refused because its namespace is terminating, which is nothing to complain about."""
+    return any(cause.get("reason") == "NamespaceTerminating" for cause in error.details.get("causes") or ())
 
 
 def observed(obj: Obj) -> bool:
