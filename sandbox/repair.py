@@ -81,7 +81,7 @@ class Repair:
     api: Api
     clocks: Clocks
     now: Callable[[], float] = time.time
-    _underway: set[str] = field(default_factory=set)  # uids of nodes
+    _underway: set[str] = field(default_factory=set)  # uids of nodes, also of those replaced since
     _noted: set[str] = field(default_factory=set)  # uids of nodes told that repair is suspended
 
     async def due(self) -> list[Obj]:
@@ -114,9 +114,6 @@ class Repair:
                 log.warning("repair of %s: %s; trying again", meta["name"], refused)
             except (aiohttp.ClientError, OSError) as lost:
                 log.warning("repair of %s: %s; trying again", meta["name"], lost)
-            finally:
-                self._underway.discard(meta["uid"])
-            self._underway.add(meta["uid"])
             await asyncio.sleep(self.clocks.repair_poll)
 
     async def _steps(self, node: Obj) -> None:
