@@ -42,11 +42,13 @@ def story_text(judgement: Judgement) -> Text:
 
 
 def _evidence(finding: Finding, judgement: Judgement) -> str:
-    said = words.one_line(finding.evidence)
-    if not words.is_recovery(finding) or judgement.recovery is None or not judgement.recovery.stages:
-        return said
-    stages = words.say_steps(judgement.recovery.stages)
-    return f"({stages})  {said}".rstrip()
+    recovery = judgement.recovery
+    if not words.is_recovery(finding) or recovery is None or not recovery.stages:
+        return words.one_line(finding.evidence)
+    why = words.one_line(finding.evidence.replace(recovery.story, "")).strip("; ")
+    more = [part for part in recovery.story.split(" · ") if part.split(" ")[0] not in recovery.stages]
+    said = "; ".join(p for p in (why, *(m for m in more if m != why)) if p)
+    return f"({words.say_steps(recovery)})  {said}".rstrip()
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -64,22 +66,21 @@ def _last(judgement: Judgement) -> str:
 
 def healed(judgement: Judgement) -> str:
     """`healed 4/4, verified clean`, as far as the findings know it."""
-    parts: list[str] = []
-    for finding in judgement.findings:
-        name = finding.objective.lower()
-        if name.startswith("healed"):
-            parts.append(_undone(finding))
-        elif name.startswith(("nothing left", "nothing is left", "clean")):
-            clean = finding.status is Verdict.PASS
-            parts.append("verified clean" if clean else f"NOT CLEAN: {words.one_line(finding.evidence)}")
-    return ", ".join(parts) or "healing was not judged"
+    told = {f.objective: f for f in judgement.findings if f.phase == "run"}
+    parts = [said(told[name]) for name, said in (("fault healed", _undone), ("cluster clean", _clean)) if name in told]
+    return ", ".join(parts) or "whether it was healed is not known"
 
 
 def _undone(finding: Finding) -> str:
-    if finding.observed is None or finding.limit is None:
-        return "healed" if finding.status is Verdict.PASS else "NOT HEALED"
-    share = f"{finding.observed:.0f}/{finding.limit:.0f}"
-    return f"healed {share}" if finding.status is Verdict.PASS else f"HEALED ONLY {share}"
+    if finding.status is not Verdict.PASS:
+        return f"NOT HEALED: {words.one_line(finding.evidence)}"
+    if finding.observed is not None and finding.limit is not None:
+        return f"healed {finding.observed:.0f}/{finding.limit:.0f}"
+    return "healed" if "recovered" in finding.evidence else words.one_line(finding.evidence)
+
+
+def _clean(finding: Finding) -> str:
+    return "verified clean" if finding.status is Verdict.PASS else f"NOT CLEAN: {words.one_line(finding.evidence)}"
 
 
 def table(judgements: Iterable[Judgement]) -> Table:

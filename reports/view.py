@@ -247,6 +247,7 @@ def zone_shares(timeline: Timeline, on: Axis) -> Bins:
 
 
 _STATES: Mapping[str, State] = {
+    "exists": State.UNREADY,  # a watch that begins finds pods as they are; a ready one is marked so at once
     "created": State.PENDING,
     "scheduled": State.SCHEDULED,
     "started": State.LOADING,
@@ -263,34 +264,23 @@ def lanes(timeline: Timeline, on: Axis) -> tuple[Lane, ...]:
     for event in timeline.events:
         if isinstance(event, PodMark):
             marks[event.pod].append(event)
-    made = [_lane(pod, sorted(seen, key=lambda m: m.t), on) for pod, seen in marks.items()]
+    aimed = frozenset(timeline.fault.pods)
+    made = [_lane(pod, sorted(seen, key=lambda m: m.t), pod in aimed, on) for pod, seen in marks.items()]
     made.sort(key=lambda lane: (lane.zone, lane.stays[0].start if lane.stays else 0.0, lane.pod))
     return tuple(made)
 
 
-def _lane(pod: str, marks: Sequence[PodMark], on: Axis) -> Lane:
-    stays: list[Stay] = []
+def _lane(pod: str, marks: Sequence[PodMark], aimed: bool, on: Axis) -> Lane:
     ends = [*(m.t for m in marks[1:]), on.zero + on.end]
-    for i, (mark, end) in enumerate(zip(marks, ends, strict=True)):
-        state = _state(mark, marks[i + 1] if i + 1 < len(marks) else None)
-        if state is not None and end > mark.t:
-            stays.append(Stay(state, max(on.start, on.at(mark.t)), on.at(end)))
-    last = marks[-1]
+    stays = tuple(
+        Stay(state, max(on.start, on.at(mark.t)), on.at(end))
+        for mark, end in zip(marks, ends, strict=True)
+        if end > mark.t and (state := _STATES.get(mark.stage)) is not None
+    )
     zone = next((m.zone for m in reversed(marks) if m.zone), "")
     node = next((m.node for m in reversed(marks) if m.node), "")
-    target = any(m.target for m in marks)
-    return Lane(pod, _label(last, zone, target), zone, node, target, tuple(stays))
-
-
-def _state(mark: PodMark, after: PodMark | None) -> State | None:
-    if mark.stage == "gone":
-        return None
-    if mark.stage != "exists":
-        return _STATES[mark.stage]
-    # A watch that begins finds pods as they are; the next mark tells what they were when the detail does not.
-    if "not ready" in mark.detail or "unready" in mark.detail or (after is not None and after.stage == "ready"):
-        return State.READY if after is not None and after.t - mark.t < BIN and after.stage == "ready" else State.UNREADY
-    return State.READY
+    target = aimed or any(m.target for m in marks)
+    return Lane(pod, _label(marks[-1], zone, target), zone, node, target, stays)
 
 
 def _label(mark: PodMark, zone: str, target: bool) -> str:
@@ -331,7 +321,7 @@ def _mark(event: object, on: Axis) -> Mark | None:
 
 
 def thin_marks(found: Iterable[Mark], on: Axis) -> tuple[Mark, ...]:
-    """At most one mark per lane, kind and tenth of a percent of the axis: what would be drawn over each other anyway."""
+    """One mark per lane, kind and thousandth of the axis: the others would be drawn over it."""
     width = max((on.end - on.start) / 1000, 1e-9)
     seen: dict[tuple[int, str, bool, str], list[Mark]] = defaultdict(list)
     for mark in found:
@@ -450,3 +440,10 @@ def _query(name: str, query: str, values: Sequence[float | None], error: str) ->
     return Query(
         name, query, len(values), len(values) - len(seen), min(seen, default=None), max(seen, default=None), error
     )
+
+
+def busiest(found: Sequence[Lane]) -> tuple[Lane, ...]:
+    """At most LANES lanes, in their order: targets and pods that changed before those that stood still."""
+    ranked = sorted(found, key=lambda lane: (not lane.target, -len(lane.stays)))
+    kept = {lane.pod for lane in ranked[:LANES]}
+    return tuple(lane for lane in found if lane.pod in kept)

@@ -95,9 +95,16 @@ def steps(stages: Mapping[str, float]) -> tuple[tuple[str, float, float], ...]:
     return tuple(done)
 
 
-def say_steps(stages: Mapping[str, float]) -> str:
-    """`noticed 9 s · moved 41 s · loaded 20 s`: how long each stage took after the one before it."""
-    return " · ".join(f"{name} {plain_duration(end - begin)}" for name, begin, end in steps(stages))
+def say_steps(recovery: Recovery) -> str:
+    """`noticed 9 s · moved 41 s · loaded 20 s`: how long each stage up to the recovery took after the one before it.
+
+    Stages that came after the service was back (replacements that nobody waited for) are told apart.
+    """
+    until = math.inf if recovery.seconds is None else max(recovery.seconds, recovery.stages.get("steady", 0.0))
+    told = steps(recovery.stages)
+    within = " · ".join(f"{name} {plain_duration(end - begin)}" for name, begin, end in told if end <= until)
+    later = " · ".join(f"{name} at {plain_duration(end)}" for name, _, end in told if end > until)
+    return "; ".join(p for p in (within, f"later {later}" if later else "") if p)
 
 
 def reasons(judgement: Judgement) -> tuple[str, ...]:

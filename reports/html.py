@@ -1,0 +1,324 @@
+"""One self-contained HTML file per experiment, and an index per run. Made from the run directory alone.
+
+Nothing is loaded from anywhere: the chart library is inside, and a content security policy forbids the rest, by the
+hashes of our own scripts, so that no text of a pod, a server or an error can run or fetch anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bokeh.resources import Resources
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from gameday import record
+from gameday.clock import Epoch
+from gameday.model import FaultMark, Judgement, Note, Timeline, Verdict
+from reports import charts, verdicts, view, words
+from reports.console import healed, story
+
+HERE = Path(__file__).parent
+REPORT = "report.html"
+INDEX = "index.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A resource that was applied, as it was written."""
+
+    name: str
+    text: str
+
+
+def write(run_dir: Path) -> Path:
+    """Write `run_dir/report.html`; RecordError when the record is missing, cut short or edited.
+
+    A record that was never sealed (its run died) is shown as far as it goes.
+    """
+    timeline, _ = record.load(run_dir, sealed=(run_dir / record.SEAL).exists())
+    page = render(timeline, verdicts.read(run_dir), manifests(run_dir))
+    path = run_dir / REPORT
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def write_index(run_root: Path) -> Path:
+    """Write `run_root/index.html`: every experiment of the run, also those that ended without a verdict."""
+    found = verdicts.entries(run_root)
+    page = (
+        _environment()
+        .get_template("index.html.j2")
+        .render(
+            run=run_root.name,
+            entries=found,
+            tally=words.tally(e.judgement.verdict for e in found) or "no experiment ran",
+            worst=Verdict.worst(e.judgement.verdict for e in found),
+            about=found[0].about if found else {},
+            healed=healed,
+            csp=_csp(()),
+        )
+    )
+    path = run_root / INDEX
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def manifests(run_dir: Path) -> tuple[Manifest, ...]:
+    return tuple(
+        Manifest(path.name, path.read_text(encoding="utf-8", errors="replace"))
+        for path in sorted((run_dir / "manifests").glob("*.yaml"))
+    )
+
+
+def render(timeline: Timeline, judgement: Judgement, applied: Sequence[Manifest] = ()) -> str:
+    """The page."""
+    on = view.axis(timeline, judgement)
+    figures = _figures(timeline, judgement, on)
+    docs, roots, docid = charts.document({f.id: f.plot for f in figures})
+    epoch = Epoch(timeline.about.epoch_wall, timeline.about.epoch_mono)
+    ours = (_bokeh(), _ours())
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            about=timeline.about,
+            fault=timeline.fault,
+            verdict=judgement,
+            findings=judgement.findings,
+            reasons=words.reasons(judgement),
+            story=story(judgement),
+            healed=healed(judgement),
+            rto=_rto(judgement),
+            counts=words.counts(judgement.counts),
+            on=on,
+            when=_when(epoch, on),
+            figures=figures,
+            phase_figures=view.figures(timeline, on),
+            worst=view.worst_second(timeline, on),
+            queries=view.queries(timeline),
+            fault_marks=[m for m in timeline.events if isinstance(m, FaultMark)],
+            notes=[n for n in timeline.events if isinstance(n, Note)],
+            manifests=applied,
+            data=_json({"docs": docs, "roots": roots, "docid": docid, "fault": _zoom(on)}),
+            scripts=[Markup(s) for s in ours],  # noqa: S704 our own files, with nothing of the run in them
+            csp=_csp(ours),
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A chart with its text alternative: `said` in a sentence, `columns` and `rows` in a table."""
+
+    id: str
+    title: str
+    said: str
+    plot: Any
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+
+def _figures(timeline: Timeline, judgement: Judgement, on: view.Axis) -> tuple[Figure, ...]:
+    shared = charts.x_range(on)
+    made = [
+        _latency_figure(timeline, judgement, on, shared),
+        _rates_figure(timeline, on, shared),
+        _shares_figure(timeline, on, shared),
+        _pods_figure(timeline, on, shared),
+        _marks_figure(timeline, on, shared),
+        _waterfall_figure(judgement),
+    ]
+    return tuple(f for f in made if f is not None)
+
+
+def _latency_figure(timeline: Timeline, judgement: Judgement, on: view.Axis, shared: Any) -> Figure:
+    points = view.points(timeline, on)
+    plot = charts.latency(points, on, view.latency_limits(judgement.findings, on), shared)
+    figures = view.figures(timeline, on)
+    said = "; ".join(
+        f"{f.phase}: {f.requests:,} requests, {f.good:,} good, first token p95 {words.quantity(f.p95, 's')}"
+        for f in figures
+    )
+    sampled = f" Of {points.good_total:,} good requests {points.good_drawn:,} are drawn." if points.one_in > 1 else ""
+    return Figure(
+        "latency",
+        "Requests",
+        f"Each mark is a request, at the instant it was meant to be sent. {said}.{sampled}",
+        plot,
+        ("phase", "requests", "good", "stream broken", "failed", "not counted", "first token p50", "p95"),
+        tuple(
+            (
+                f.phase,
+                f"{f.requests:,}",
+                f"{f.good:,}",
+                f"{f.broken:,}",
+                f"{f.failed:,}",
+                f"{f.uncounted:,}",
+                words.quantity(f.p50, "s"),
+                words.quantity(f.p95, "s"),
+            )
+            for f in figures
+        ),
+    )
+
+
+def _rates_figure(timeline: Timeline, on: view.Axis, shared: Any) -> Figure:
+    worst = view.worst_second(timeline, on)
+    said = (
+        f"The worst second began at {worst.x:.0f} s ({worst.wall}): {worst.share:.0%} of its requests failed."
+        if worst
+        else "No request failed."
+    )
+    bins = view.rates(timeline, on)
+    every = max(1, len(bins.left) // 40)
+    rows = tuple(
+        (
+            f"{bins.left[i]:.1f}",
+            *(f"{sum(row[i : i + every]) / len(row[i : i + every]):.1f}" for row in bins.rows.values()),
+        )
+        for i in range(0, len(bins.left), every)
+    )
+    return Figure(
+        "rates",
+        "Goodput and errors, per half second",
+        said,
+        charts.rates(bins, on, shared),
+        ("from, s", *(f"{name} per s" for name in bins.rows)),
+        rows,
+    )
+
+
+def _shares_figure(timeline: Timeline, on: view.Axis, shared: Any) -> Figure | None:
+    bins = view.zone_shares(timeline, on)
+    if not bins.rows:
+        return None
+    figures = view.figures(timeline, on)
+    zones = tuple(bins.rows)
+    said = "; ".join(
+        f"{f.phase}: " + ", ".join(f"{z} {share:.0%}" for z, share in f.zones.items() if share >= 0.005)
+        for f in figures
+    )
+    rows = tuple((f.phase, *(f"{f.zones.get(z, 0.0):.1%}" for z in zones)) for f in figures)
+    return Figure(
+        "shares", "Who answered, by zone", f"{said}.", charts.shares(bins, on, shared), ("phase", *zones), rows
+    )
+
+
+def _pods_figure(timeline: Timeline, on: view.Axis, shared: Any) -> Figure | None:
+    found = view.lanes(timeline, on)
+    if not found:
+        return None
+    shown = view.busiest(found)
+    targets = [lane for lane in found if lane.target]
+    said = f"{len(found)} pods, {len(targets)} of them targets of the fault (◆)."
+    if len(shown) < len(found):
+        said += f" {len(found) - len(shown)} that never changed are left out of the chart."
+    rows = tuple(
+        (
+            lane.pod,
+            lane.zone,
+            lane.node,
+            "yes" if lane.target else "",
+            ", ".join(f"{s.state} {s.start:.1f} to {s.end:.1f}" for s in lane.stays),
+        )
+        for lane in found
+    )
+    columns = ("pod", "zone", "node", "target", "states, s")
+    return Figure("pods", "Pods", said, charts.pods(shown, on, shared), columns, rows)
+
+
+def _marks_figure(timeline: Timeline, on: view.Axis, shared: Any) -> Figure | None:
+    found = view.marks(timeline, on)
+    if not found:
+        return None
+    bad = sum(not m.ok for m in found)
+    rows = tuple((f"{m.x:.2f}", m.lane, "" if m.ok else "warning", m.what) for m in found[:2000])
+    said = f"{len(found)} events, {bad} of them warnings or failed steps (filled)."
+    if len(found) > len(rows):
+        said += f" The table shows the first {len(rows)}."
+    plot = charts.marks(view.thin_marks(found, on), on, shared)
+    return Figure("marks", "What happened", said, plot, ("at, s", "where", "", "what"), rows)
+
+
+def _waterfall_figure(judgement: Judgement) -> Figure | None:
+    recovery = judgement.recovery
+    if recovery is None or (recovery.seconds is None and not recovery.stages):
+        return None
+    limit = _rto(judgement)
+    said = f"Recovery: {words.recovered(recovery)}"
+    if limit is not None:
+        said += f", allowed {words.plain_duration(limit)}"
+    rows = tuple(
+        (name, f"{begin:.2f}", f"{end:.2f}", words.fine_duration(end - begin))
+        for name, begin, end in words.steps(recovery.stages)
+    )
+    return Figure(
+        "recovery",
+        "Recovery, stage by stage",
+        f"{said}. {recovery.story}".strip(),
+        charts.waterfall(judgement, recovery, limit),
+        ("stage", "from, s", "until, s", "took"),
+        rows,
+    )
+
+
+def _rto(judgement: Judgement) -> float | None:
+    """The allowed recovery time, seconds."""
+    return next((f.limit for f in judgement.findings if words.is_recovery(f) and f.limit is not None), None)
+
+
+def _zoom(on: view.Axis) -> Mapping[str, float]:
+    """What the button "around the fault" shows."""
+    if on.fault is None:
+        return {"start": on.start, "end": on.end}
+    until = max(on.fault.end, on.back or on.fault.end)
+    margin = max(2.0, 0.1 * (until - on.fault.start))
+    return {"start": max(on.start, on.fault.start - margin), "end": min(on.end, until + margin)}
+
+
+def _when(epoch: Epoch, on: view.Axis) -> str:
+    began = datetime.fromtimestamp(epoch.to_wall(on.zero + on.start), UTC).astimezone()
+    return f"{began:%Y-%m-%d %H:%M:%S %Z}"
+
+
+def _json(data: Any) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))  # noqa: S704 escaped
+
+
+@cache
+def _environment() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    css = (HERE / "report.css").read_text(encoding="utf-8")
+    made.globals.update(css=Markup(css), words=words)  # noqa: S704 our own file
+    return made
+
+
+@cache
+def _bokeh() -> str:
+    return "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
+
+
+@cache
+def _ours() -> str:
+    return (HERE / "report.js").read_text(encoding="utf-8")
+
+
+def _csp(scripts: Sequence[str]) -> str:
+    """Only these scripts, inline styles, and nothing from anywhere."""
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    scripts_from = hashes or "'none'"
+    rest = "style-src 'unsafe-inline'; img-src data:; font-src data:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {scripts_from}; {rest}"

@@ -1,0 +1,91 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("charts").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const print = matchMedia("print");
+
+  const colours = () => {
+    const on_dark = dark.matches && !print.matches;
+    return on_dark ? { ink: "#e8ebef", soft: "#a5afbc", grid: "#39414c", hatch: "#000000" }
+                   : { ink: "#16191d", soft: "#55606e", grid: "#d5dae1", hatch: "#000000" };
+  };
+
+  const paint = () => {
+    const c = colours();
+    for (const doc of Bokeh.documents) {
+      for (const model of doc.all_models) {
+        if (model.type.endsWith("Axis")) {
+          model.setv({ axis_label_text_color: c.soft, major_label_text_color: c.ink, axis_line_color: c.soft,
+                       major_tick_line_color: c.soft, minor_tick_line_color: null,
+                       axis_label_text_font_style: "normal", axis_label_text_font_size: "11px" });
+        } else if (model.type === "Grid") {
+          model.setv({ grid_line_color: model.grid_line_color === null ? null : c.grid });
+        } else if (model.type === "Legend") {
+          model.setv({ label_text_color: c.ink, inactive_fill_color: c.grid });
+        } else if (model.type === "Label" && model.name === "themed") {
+          model.setv({ text_color: c.soft });
+        } else if (model.type === "GlyphRenderer" && model.name === "themed") {
+          model.glyph.setv({ text_color: { value: c.ink } });
+        }
+      }
+    }
+  };
+
+  const range = () => {
+    for (const doc of Bokeh.documents) {
+      const plot = doc.roots().find((root) => root.id === data.roots.latency);
+      if (plot) return plot.x_range;
+    }
+    return null;
+  };
+
+  const wire = () => {
+    const shared = range();
+    if (!shared) return;
+    const all = { start: shared.start, end: shared.end };
+    const show = (start, end) => shared.setv({ start, end });
+    const pressed = (chosen) => {
+      for (const id of ["zoom-all", "zoom-fault"]) {
+        const button = document.getElementById(id);
+        if (button) button.setAttribute("aria-pressed", String(id === chosen));
+      }
+    };
+    const on = (id, act) => {
+      const button = document.getElementById(id);
+      if (button) button.addEventListener("click", () => { act(); pressed(id); });
+    };
+    const scale = (factor) => {
+      const middle = (shared.start + shared.end) / 2, half = ((shared.end - shared.start) / 2) * factor;
+      show(Math.max(all.start, middle - half), Math.min(all.end, middle + half));
+    };
+    const shift = (share) => {
+      const width = shared.end - shared.start;
+      const start = Math.min(Math.max(all.start, shared.start + width * share), all.end - width);
+      show(start, start + width);
+    };
+    on("zoom-all", () => show(all.start, all.end));
+    on("zoom-fault", () => show(data.fault.start, data.fault.end));
+    on("zoom-in", () => scale(0.5));
+    on("zoom-out", () => scale(2));
+    on("left", () => shift(-0.25));
+    on("right", () => shift(0.25));
+  };
+
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("details:not([open])")];
+    for (const details of opened) details.open = true;
+  });
+  addEventListener("afterprint", () => { for (const details of opened) details.open = false; });
+
+  const roots = {};
+  for (const [name, id] of Object.entries(data.roots)) roots[id] = "chart-" + name;
+  const done = Bokeh.embed.embed_items(data.docs, [{ docid: data.docid, roots, root_ids: Object.keys(roots) }]);
+  done.then(() => {
+    paint();
+    wire();
+    dark.addEventListener("change", paint);
+    print.addEventListener("change", paint);
+    document.documentElement.dataset.charts = "drawn";
+  });
+})();
