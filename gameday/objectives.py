@@ -428,7 +428,7 @@ class Recovers(Objective):
     def _one(self, found: recovery.Measured, back: recovery.Back) -> tuple[Verdict, str]:
         if back.by_heal == "yes":
             return FAIL, "recovered only by the heal"
-        if back.seconds_low > self.within:
+        if back.last - back.onset.end > self.within:
             return FAIL, "" if back.held else "never back"
         if not back.held:
             return INCONCLUSIVE, "the window ended before the service had been back for the whole hold time"

@@ -3,15 +3,17 @@
 Requests are put in the order in which they were meant to be sent; each is good or bad. Bad requests that belong
 together make an *outage*; every outage gets its own clock and the slowest one counts:
 
-- Two bad requests are of the same outage when fewer than `RUN` good ones lie between them, or when both lie in one
-  window of length `hold` over which the objective is broken.
-- R lies in (last bad, m-th good after it], m the smallest number with (1 − q)^m ≤ 0.005, q the share of bad requests
-  in the tail of that outage (its lower confidence bound: a large q would claim more precision than it has).
+- A bad request at which the objective is broken over the window of length `hold` that begins with it is *broken*.
+- Two bad requests are of the same outage when fewer than `RUN` good ones lie between them, or when a broken one
+  follows the first within `hold`. Both rules only look forward and do not estimate anything: further failures can add
+  links, never remove one, so they cannot improve a verdict. `RUN` is m for the smallest share told apart, one in ten.
+- R begins the first run of m good requests, (1 − q)^m ≤ 0.005, from which the objective holds over the whole hold
+  time, q being the share of bad requests in the outage's tail (its lower confidence bound: a large q would claim more
+  precision than it has). R lies in (last bad before it, m-th good]; where bad requests follow within `RUN` good ones,
+  the interval's upper end goes beyond them, for they may be noise or the outage's end.
 - The clock of the outage that follows the fault runs from F ∈ [first harm sent, F_high]; of a later one from its own
   onset; under `recovers="after_heal"`, of one that lasts into the heal from the heal.
 
-`RUN` is m for the smallest share that is told apart, one in ten. It does not depend on the data on purpose: linking
-by an estimated q would let *additional* failures raise q, split an outage in two and so improve the verdict.
 Pure functions of the timeline. All instants and durations are seconds.
 """
 
@@ -87,22 +89,30 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """Bad requests that belong together: indices of the first and last; `broken`: beyond what the objective allows."""
+    """Bad requests that belong together: indices of the first and last, their number.
+
+    `broken`: more of them than the objective allows, so it is not merely tolerated noise.
+    """
 
     first: int
     last: int
+    size: int
     broken: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Back:
-    """One outage's recovery. `low`/`high` bound R; `sure` is the instant of the RUN-th good request (None: unseen)."""
+    """One outage's recovery. `low`/`high` bound R; a verdict rests on `last` and `sure`, which depend on no estimate.
+
+    `sure` is the instant of the RUN-th good request after `last`; None: unseen.
+    """
 
     outage: Outage
     onset: Window  # when its clock started, with its uncertainty
     clock: Literal["fault", "onset", "heal"]
     point: float
     low: float
+    last: float  # the outage's last bad request, be it noise or not
     high: float
     sure: float | None
     held: bool  # the hold window after R was observed to its end
@@ -129,7 +139,14 @@ class Measured:
 
     @property
     def worst(self) -> Back | None:
-        return max(self.backs, key=lambda b: (not b.held, b.by_heal == "yes", b.high - b.onset.start), default=None)
+        """The slowest, which is reported. Of tolerated ones near the fault only the largest: the others are noise.
+
+        (A verdict looks at all of them.)
+        """
+        small = [b for b in self.backs if b.clock == "fault" and not b.outage.broken]
+        largest = max(small, key=lambda b: b.outage.size, default=None)
+        some = [b for b in self.backs if b.clock != "fault" or b.outage.broken or b is largest]
+        return max(some, key=lambda b: (not b.held, b.by_heal == "yes", b.high - b.onset.start), default=None)
 
 
 def fault_instant(timeline: Timeline) -> Window | None:
@@ -177,53 +194,46 @@ def _fault_point(timeline: Timeline, fault: Window, asked: Asked) -> float:
 
 
 def outages(series: Series, asked: Asked) -> list[Outage]:
-    """Link bad requests: a link can only be added by further failures, never removed."""
+    """Link bad requests to outages, in the order of time."""
     bads = series.bads()
-    if not bads:
-        return []
-    spans = _broken_spans(series, asked, bads)
-    ends = [b for a, b in spans]
+    broken = [i for i in bads if _broken(series, asked, i)]
     found: list[Outage] = []
-    start = bads[0]
+    start = bads[0] if bads else 0
     for a, b in pairwise([*bads, len(series.t) + RUN + 1]):
-        at = bisect_right(ends, a)  # the first span that ends after this bad request
-        if b < len(series.t) and (b - a - 1 < RUN or (at < len(spans) and spans[at][0] <= a and b < spans[at][1])):
+        at = bisect_left(broken, b)
+        near = at < len(broken) and series.t[broken[at]] - series.t[a] <= asked.hold
+        if b - a - 1 < RUN or near:
             continue
-        found.append(Outage(start, a, any(series.share_bad(max(lo, start), min(hi, a + 1)) > 0 for lo, hi in spans)))
+        size = series.bad_before[a + 1] - series.bad_before[start]
+        found.append(Outage(start, a, size, bisect_left(broken, start) < bisect_right(broken, a)))
         start = b
     return found
 
 
-def _broken_spans(series: Series, asked: Asked, bads: Sequence[int]) -> list[tuple[int, int]]:
-    """Index ranges of windows of length `hold` over which the objective is broken; merged where they share a bad."""
-    windows = sorted({w for i in bads for w in _windows_at(series, asked.hold, i)})
-    spans: list[tuple[int, int]] = []
-    for lo, hi in windows:
-        if hi <= lo or 1 - series.share_bad(lo, hi) >= asked.at_least:
-            continue
-        if spans and series.share_bad(lo, min(hi, spans[-1][1])) > 0:
-            spans[-1] = (spans[-1][0], max(hi, spans[-1][1]))
-        else:
-            spans.append((lo, hi))
-    return spans
+def _broken(series: Series, asked: Asked, i: int) -> bool:
+    """Whether the objective is broken over the hold window that begins with request i.
+
+    Near the end of the observation the window's *size* is that of the last whole one.
+    """
+    begin = max(series.start, min(series.t[i], series.end - asked.hold))
+    lo, hi = bisect_left(series.t, begin), bisect_right(series.t, begin + asked.hold)
+    return series.bad_before[hi] - series.bad_before[i] > (1 - asked.at_least) * (hi - lo) + 1e-9
 
 
-def _windows_at(series: Series, hold: float, i: int) -> tuple[tuple[int, int], ...]:
-    """The windows that begin or end at request i; one that the observation's edge cuts short is moved inside."""
-    begin = max(series.start, min(series.t[i], series.end - hold))
-    close = max(series.t[i], series.start + hold)
-    forward = (bisect_left(series.t, begin), bisect_right(series.t, begin + hold))
-    backward = (bisect_left(series.t, close - hold), bisect_right(series.t, close))
-    return forward, backward
+def _holds(series: Series, asked: Asked, i: int) -> bool:
+    """Whether the objective holds over the whole hold time after request i."""
+    lo, hi = i + 1, bisect_right(series.t, series.t[i] + asked.hold)
+    return series.bad_before[hi] - series.bad_before[lo] <= (1 - asked.at_least) * (hi - lo) + 1e-9
 
 
-def _tail_share(series: Series, outage: Outage) -> tuple[float, float]:
-    """Share of bad requests at the outage's end: estimate, and lower bound (one standard error, Wilson)."""
-    bads = [i for i in range(outage.first, outage.last + 1) if not series.good[i]]
-    begins = {bads[0], bads[max(0, len(bads) - TAIL)]}
-    looks = [(series.bad_before[outage.last + 1] - series.bad_before[b], outage.last + 1 - b) for b in begins]
-    k, n = min(looks, key=lambda look: _wilson_low(*look))
-    return (k - 0.5) / n, _wilson_low(k, n)
+def _tail_share(series: Series, bads: Sequence[int]) -> tuple[float, float]:
+    """Share of bad requests up to the last of these: estimate, and lower bound (one standard error, Wilson)."""
+    looks = []
+    for b in {bads[0], bads[max(0, len(bads) - TAIL)]}:
+        k, n = series.bad_before[bads[-1] + 1] - series.bad_before[b], bads[-1] + 1 - b
+        looks.append((_wilson_low(k, n), (k - 0.5) / n))
+    low, estimate = min(looks)
+    return estimate, low
 
 
 def _wilson_low(k: int, n: int) -> float:
@@ -232,19 +242,37 @@ def _wilson_low(k: int, n: int) -> float:
 
 
 def _back(timeline: Timeline, asked: Asked, series: Series, fault: Window, outage: Outage) -> Back:
-    share, share_low = _tail_share(series, outage)
-    m, last = run_needed(share_low), outage.last
+    last, m, share = _turn(series, asked, outage)
     low = series.t[last]
-    high = series.sent[last + m] if last + m < len(series.t) else series.end
-    sure = series.sent[last + RUN] if last + RUN < len(series.t) else None
+    high = _sent(series, (last if last == outage.last else outage.last) + m)
+    sure = _sent(series, outage.last + RUN) if outage.last + RUN < len(series.t) else None
     point = _median(series, last, m, share)
-    held = not outage.broken or high + asked.hold <= series.end + 1e-9
-    onset, clock = _onset(timeline, asked, series, fault, outage, low)
+    held = not outage.broken or series.t[outage.last] + asked.hold <= series.end + 1e-9
+    onset, clock = _onset(timeline, asked, series, fault, outage)
     undo = None if timeline.fault.one_shot else first(timeline, Step.UNDO)
     by_heal: Literal["no", "maybe", "yes"] = "no"
     if undo is not None and outage.broken and series.t[outage.first] < undo and asked.recovers == "by_failover":
-        by_heal = "yes" if low >= undo else "maybe" if (sure or series.end) >= undo else "no"
-    return Back(outage, onset, clock, point, low, max(high, low), sure, held, by_heal)
+        surely = series.end if sure is None else sure
+        by_heal = "yes" if series.t[outage.last] >= undo else "maybe" if surely >= undo else "no"
+    return Back(outage, onset, clock, point, low, series.t[outage.last], max(high, low), sure, held, by_heal)
+
+
+def _sent(series: Series, i: int) -> float:
+    return series.sent[i] if i < len(series.t) else series.end
+
+
+def _turn(series: Series, asked: Asked, outage: Outage) -> tuple[int, int, float]:
+    """The bad request after which R lies, how many good ones prove it, and the share q before it."""
+    bads = [i for i in range(outage.first, outage.last + 1) if not series.good[i]]
+    for k, (a, b) in enumerate(pairwise(bads)):
+        if b - a - 1 < 1 or not _holds(series, asked, a):
+            continue
+        share, low = _tail_share(series, bads[: k + 1])
+        m = run_needed(low)
+        if b - a - 1 >= m:
+            return a, m, share
+    share, low = _tail_share(series, bads)
+    return bads[-1], run_needed(low), share
 
 
 def _median(series: Series, last: int, m: int, share: float) -> float:
@@ -262,7 +290,7 @@ def _median(series: Series, last: int, m: int, share: float) -> float:
 
 
 def _onset(
-    timeline: Timeline, asked: Asked, series: Series, fault: Window, outage: Outage, low: float
+    timeline: Timeline, asked: Asked, series: Series, fault: Window, outage: Outage
 ) -> tuple[Window, Literal["fault", "onset", "heal"]]:
     t = series.t[outage.first]
     undo = None if timeline.fault.one_shot else first(timeline, Step.UNDO)

@@ -1,0 +1,44 @@
+# Two commands do everything: `make gameday` rehearses the game day on the sandbox, `make test` runs the tests.
+# Each sets up what it needs: a virtual environment, Python packages (pinned in constraints.txt) and Debian's
+# nftables, iproute2 and prometheus (its binary only: the package itself would start a service on :9090).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+TOOLS := $(abspath .tools)
+UNPACKED := $(TOOLS)/prometheus/usr/bin/prometheus
+
+.PHONY: gameday test check setup clean
+
+# An installed Prometheus is used where there is one, else the unpacked binary.
+RUN := PATH="$(abspath $(BIN)):$$PATH:$(dir $(UNPACKED))"
+
+gameday: setup
+	$(RUN) pytest experiments
+
+test: check
+	$(RUN) pytest tests
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy gameday faults probes loadgen reports sandbox experiments conftest.py
+	$(BIN)/lint-imports
+
+setup: $(VENV)/.ready $(TOOLS)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gameday needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV) || { $(SUDO) apt-get install -y -q python3-venv && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(TOOLS)/.ready:
+	mkdir -p $(TOOLS)
+	command -v nft ip dpkg-deb >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q nftables iproute2; }
+	test -x $(UNPACKED) || command -v prometheus >/dev/null || scripts/fetch-prometheus $(TOOLS)/prometheus "$(SUDO)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(TOOLS)

@@ -1,0 +1,60 @@
+"""GPU Xid errors: one that takes the GPU away, and one that is the application's own fault.
+
+Hypothesis: after Xid 79 (fallen off the bus) the others serve on, the detector reports it, and node auto repair
+replaces the node; after Xid 13 (graphics engine exception) the container restarts and the node stays.
+"""
+
+from faults import Xid
+from gameday.objectives import (
+    FirstToken,
+    NodeKept,
+    NodeReplaced,
+    NothingLeftBehind,
+    Recovers,
+    Replicas,
+    Success,
+    UnbrokenStreams,
+)
+from gameday.plugin import Run
+from gameday.units import seconds
+from loadgen.traffic import Chat
+
+
+def test_gpu_xid79(experiment: Run) -> None:
+    verdict = experiment(
+        traffic=Chat(per_second=15),
+        before=[Success(at_least=0.999), FirstToken(p95=seconds(1))],
+        fault=Xid(79, lasting=seconds(30)),
+        during=[
+            Success(at_least=0.98),
+            FirstToken(p95=seconds(1.5)),
+            UnbrokenStreams(except_on="targets"),
+            NodeReplaced(),
+        ],
+        after=[
+            Recovers(within=seconds(10), hold=seconds(8)),
+            Replicas(at_least=6, owner="my-llama32"),
+            NothingLeftBehind(),
+        ],
+    )
+    assert verdict.passed, verdict.story
+
+
+def test_gpu_xid13(experiment: Run) -> None:
+    verdict = experiment(
+        traffic=Chat(per_second=15),
+        before=[Success(at_least=0.999), FirstToken(p95=seconds(1))],
+        fault=Xid(13, lasting=seconds(20)),
+        during=[
+            Success(at_least=0.98),
+            FirstToken(p95=seconds(1.5)),
+            UnbrokenStreams(except_on="targets"),
+            NodeKept(for_at_least=seconds(14)),  # repair wait + two polls on the sandbox's compressed clocks
+        ],
+        after=[
+            Recovers(within=seconds(10), hold=seconds(8)),
+            Replicas(at_least=6, owner="my-llama32"),
+            NothingLeftBehind(),
+        ],
+    )
+    assert verdict.passed, verdict.story

@@ -1,0 +1,27 @@
+"""Pod kill: one engine dies without warning.
+
+Hypothesis: users lose at most the streams that ran on it. Requests that it had not answered yet are served by
+the other engines, and a replacement is ready within the RTO.
+"""
+
+from faults import PodKill
+from gameday.objectives import FirstToken, NothingLeftBehind, Promql, Recovers, Replicas, Success, UnbrokenStreams
+from gameday.plugin import Run
+from gameday.units import seconds
+from loadgen.traffic import Chat
+from probes.profiles import GATEWAY
+
+
+def test_pod_kill(experiment: Run) -> None:
+    verdict = experiment(
+        traffic=Chat(per_second=15),
+        before=[Success(at_least=0.999), FirstToken(p95=seconds(1)), Promql(GATEWAY.success, at_least=0.999)],
+        fault=PodKill(lasting=seconds(20)),
+        during=[Success(at_least=0.98), FirstToken(p95=seconds(1.5)), UnbrokenStreams(except_on="targets")],
+        after=[
+            Recovers(within=seconds(10), hold=seconds(8)),
+            Replicas(at_least=6, owner="my-llama32"),
+            NothingLeftBehind(),
+        ],
+    )
+    assert verdict.passed, verdict.story

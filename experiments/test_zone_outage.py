@@ -1,0 +1,28 @@
+"""Zone outage: one zone, and every GPU in it, is gone.
+
+Hypothesis: the other zones carry the traffic. Users may wait longer for a first token; streams that ran on the
+lost zone may break, no others do; service is normal again within the RTO by failover alone, and the replicas
+spread again once the zone is back and the workloads are restarted.
+"""
+
+from faults import Zone, ZoneOutage
+from gameday.objectives import FirstToken, NothingLeftBehind, Recovers, Replicas, Spread, Success, UnbrokenStreams
+from gameday.plugin import Run
+from gameday.units import seconds
+from loadgen.traffic import Chat
+
+
+def test_zone_outage(experiment: Run, zone: Zone) -> None:
+    verdict = experiment(
+        traffic=Chat(per_second=15),
+        before=[Success(at_least=0.999), FirstToken(p95=seconds(1))],
+        fault=ZoneOutage(zone, lasting=seconds(25), replacements="elsewhere"),
+        during=[Success(at_least=0.95), FirstToken(p95=seconds(2.5)), UnbrokenStreams(except_on="targets")],
+        after=[
+            Recovers(within=seconds(15), hold=seconds(8)),
+            Replicas(at_least=6, owner="my-llama32"),
+            Spread(max_skew=1, owner="my-llama32"),
+            NothingLeftBehind(),
+        ],
+    )
+    assert verdict.passed, verdict.story

@@ -1,0 +1,180 @@
+"""Where experiments run: the cluster that the user named, or the sandbox. The plugin's and the CLI's start-up.
+
+Besides the CLI this is the only module that knows of the sandbox: everything else sees a Kubernetes API, a
+Prometheus and an endpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sandbox.up import SandboxError
+
+from gameday import settings as settings_
+from gameday.cluster import Cluster
+from gameday.errors import ClusterError, SandboxUnavailable, SettingsError
+from gameday.run import Arena, Session, Spec
+from gameday.settings import Settings
+from probes.prometheus import Prometheus
+from reports.live import Progress
+from sandbox import options as sandbox_options, up as sandbox_up
+
+SANDBOX_CONTEXT = "gameday-sandbox"
+
+# What a rehearsal on compressed clocks can afford; everything is a setting and may be overridden (seconds).
+REHEARSAL = {"steady": 10.0, "hold": 8.0, "stop_after": 15.0, "heal_within": 30.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An arena, and whether we started the sandbox beneath it (so that we take it down again)."""
+
+    arena: Arena
+    started_sandbox: Path | None  # its state directory
+
+    def close(self) -> None:
+        self.arena.prometheus.close()
+        if self.started_sandbox is not None:
+            sandbox_up.down(self.started_sandbox)
+
+
+def named(options: Mapping[str, Any]) -> str:
+    """The cluster that the user named by option or environment; "" for none."""
+    if options.get("in_cluster") or os.environ.get("GAMEDAY_IN_CLUSTER", "").lower() in ("1", "true"):
+        return "in-cluster"
+    return options.get("context") or os.environ.get("GAMEDAY_CONTEXT", "")
+
+
+def sandbox_settings(running: sandbox_up.Running) -> dict[str, Any]:
+    """What a sandbox knows of itself, as the lowest layer of settings."""
+    clocks = sandbox_options.CLOCKS[running.clocks]
+    rehearsal = REHEARSAL if running.clocks == sandbox_options.COMPRESSED.name else {}
+    return {
+        "context": running.context,
+        "kubeconfig": running.kubeconfig,
+        "namespace": running.namespace,
+        "allow_namespaces": (running.namespace,),
+        "selector": running.selector,
+        "service": running.selector.partition("=")[2],
+        "target": running.target_url,
+        "model": running.model,
+        "prometheus": running.prometheus_url,
+        "scrape_interval": clocks.scrape_interval,
+        "expendable": running.expendable,
+        "clocks": clocks.name,
+        "repair_wait": clocks.repair_wait,
+        "repair_poll": clocks.repair_poll,
+        **rehearsal,
+    }
+
+
+def open_arena(
+    options: Mapping[str, Any],
+    *,
+    say: Callable[[str], None],
+    progress: Callable[[Progress], None],
+    sandbox: Mapping[str, Any] | None = None,
+) -> Opened:
+    """Connect to the named cluster, else find or start a sandbox (`sandbox`: options for one that is started)."""
+    name = named(options)
+    started: Path | None = None
+    if name and name != SANDBOX_CONTEXT:
+        found = settings_.load(options)
+        _refuse_unnamed(found, name)
+        is_sandbox = False
+    else:
+        state = sandbox_options.default_state_dir()
+        running = sandbox_up.find(state)
+        if running is None and name == SANDBOX_CONTEXT:
+            raise ClusterError("No sandbox is up: start one with `gameday up`.")
+        # Wrong settings are told before a sandbox is started for them.
+        settings_.load(options, sandbox=sandbox_settings(running) if running else None)
+        if running is None:
+            running = _start(state, sandbox or {}, say)
+            started = state
+        found = settings_.load(options, sandbox=sandbox_settings(running))
+        is_sandbox = True
+    try:
+        return Opened(_arena(found, is_sandbox, options, say, progress), started)
+    except BaseException:
+        if started is not None:
+            sandbox_up.down(started)
+        raise
+
+
+def _start(state: Path, wanted: Mapping[str, Any], say: Callable[[str], None]) -> sandbox_up.Running:
+    try:
+        return sandbox_up.up(sandbox_options.Options(state_dir=state, parent=os.getpid(), **wanted), say)
+    except SandboxError as wrong:
+        raise SandboxUnavailable(str(wrong)) from wrong
+
+
+def _refuse_unnamed(found: Settings, name: str) -> None:
+    if not found.dry_run:
+        raise ClusterError(
+            f"{name!r} is a real cluster, on which this version only rehearses the manifests: add --dry-run, "
+            "or leave the cluster out to run on the sandbox."
+        )
+    for key in ("target", "prometheus"):
+        if not getattr(found, key) and not found.dry_run:
+            raise SettingsError(f"On a cluster of your own, {key} must be set (--{key} URL).")
+
+
+def connect(found: Settings) -> Cluster:
+    return Cluster.connect(
+        context=found.context, kubeconfig=found.kubeconfig, in_cluster=found.in_cluster, namespace=found.namespace
+    )
+
+
+def _arena(
+    found: Settings,
+    is_sandbox: bool,
+    options: Mapping[str, Any],
+    say: Callable[[str], None],
+    progress: Callable[[Progress], None],
+) -> Arena:
+    cluster = connect(found)
+    cluster.version()  # an unreachable API server is told now
+    seed = found.seed if found.seed is not None else random.SystemRandom().randrange(1, 10_000)
+    run_id = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return Arena(
+        cluster=cluster,
+        prometheus=Prometheus(found.prometheus or "http://127.0.0.1:9", found.prometheus_token_file),
+        settings=found,
+        run_id=run_id,
+        root=found.runs_dir / run_id,
+        seed=seed,
+        sandbox=is_sandbox,
+        objectives_from=settings_.FILE,
+        reproduce=lambda experiment: _reproduce(experiment, seed, options),
+        progress=progress,
+        say=say,
+    )
+
+
+def _reproduce(experiment: str, seed: int, options: Mapping[str, Any]) -> str:
+    given = [
+        part
+        for key, value in options.items()
+        if value not in (None, False, (), "") and key not in ("seed", "runs_dir", "dry_run", "trials")
+        for part in (f"--{key.replace('_', '-')}", *([] if value is True else [str(value)]))
+    ]
+    return shlex.join(["pytest", "experiments", "-k", experiment, "--seed", str(seed), *given])
+
+
+def open_named(spec: Spec) -> Session:
+    """The session of a plain `chaos run`: on the cluster that `GAMEDAY_CONTEXT` names, and no other."""
+    if not named({}):
+        raise ClusterError(
+            f"`chaos run` needs a named cluster: set GAMEDAY_CONTEXT ({SANDBOX_CONTEXT} for a sandbox that is up)."
+        )
+    opened = open_arena({}, say=print, progress=lambda _: None)
+    return Session(opened.arena, spec)

@@ -1,0 +1,248 @@
+"""The `gameday` command. User errors are one sentence on stderr and exit code 2; never a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+from sandbox.up import SandboxError
+
+from gameday import arena as arena_, record, settings as settings_
+from gameday.errors import GamedayError, RecordError
+from gameday.judge import judge as judge_
+from gameday.ledger import heal as heal_
+from gameday.model import Verdict
+from gameday.preflight import Check, Preflight
+from gameday.rbac import show as show_rbac
+from gameday.toolkit import validate as validate_
+from loadgen import selftest
+from probes.prometheus import Prometheus
+from reports import console, html
+from sandbox import options as sandbox_options, up as sandbox_up
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_sentence(act: Callable[P, R]) -> Callable[P, R]:
+    """Errors that users meet become one sentence and exit code 2."""
+
+    @wraps(act)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return act(*args, **kwargs)
+        except (GamedayError, SandboxError) as wrong:
+            click.echo(f"gameday: {wrong}", err=True)
+            sys.exit(2)
+
+    return run
+
+
+def _say(line: str) -> None:
+    click.echo(line)
+
+
+def cluster_options(act: Callable[..., Any]) -> Callable[..., Any]:
+    for name, text in (
+        ("--namespace", "namespace under test"),
+        ("--kubeconfig", "kubeconfig file (default: $KUBECONFIG, ~/.kube/config)"),
+        ("--context", "kubeconfig context (never implied; without it: a sandbox that is up)"),
+    ):
+        act = click.option(name, help=text)(act)
+    return click.option("--in-cluster", is_flag=True, default=None, help="use the pod's own service account")(act)
+
+
+def _settings(given: dict[str, Any]) -> settings_.Settings:
+    """Settings for a command that acts on a cluster: the named one, else a sandbox that is up."""
+    name = arena_.named(given)
+    if name and name != arena_.SANDBOX_CONTEXT:
+        return settings_.load(given)
+    running = sandbox_up.find(sandbox_options.default_state_dir())
+    if running is None:
+        raise GamedayError("No cluster is named (--context NAME) and no sandbox is up (`gameday up`).")
+    return settings_.load(given, sandbox=arena_.sandbox_settings(running))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gameday")
+def main() -> None:
+    """Game days for LLM inference on Kubernetes: `pytest experiments -k zone_outage` runs one."""
+
+
+# ── the sandbox ─────────────────────────────────────────────────────────────────────────────────
+
+
+@main.command()
+@click.option("--stack", type=click.Choice(["reference", "fragile", "none"]), default="reference", show_default=True)
+@click.option("--clocks", type=click.Choice(sorted(sandbox_options.CLOCKS)), default="compressed", show_default=True)
+@click.option("--bare", is_flag=True, help="the control plane only: no nodes, stack or Prometheus")
+@click.option("--api-port", type=click.IntRange(0, 65535), default=0, help="on 127.0.0.1; 0: any free one")
+@click.option("--prometheus-port", type=click.IntRange(0, 65535), default=0)
+@click.option("--target-port", type=click.IntRange(0, 65535), default=0)
+@one_sentence
+def up(stack: Any, clocks: str, bare: bool, api_port: int, prometheus_port: int, target_port: int) -> None:
+    """Start the sandbox and leave it running."""
+    wanted = sandbox_options.Options(
+        stack=stack,
+        clocks=sandbox_options.CLOCKS[clocks],
+        bare=bare,
+        api_port=api_port,
+        prometheus_port=prometheus_port,
+        target_port=target_port,
+    )
+    _show(sandbox_up.up(wanted, _say))
+
+
+@main.command()
+@one_sentence
+def down() -> None:
+    """Stop the sandbox and remove everything of it, also after a crash."""
+    was = sandbox_up.down(sandbox_options.default_state_dir())
+    _say("sandbox is down" if was else "no sandbox was up")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="machine-readable")
+@one_sentence
+def status(as_json: bool) -> None:
+    """Say whether a sandbox is up, and how to reach it."""
+    running = sandbox_up.find(sandbox_options.default_state_dir())
+    if running is None:
+        _say("{}" if as_json else "no sandbox is up")
+        sys.exit(1)
+    if as_json:
+        _say(json.dumps(asdict(running), default=str, indent=2))
+    else:
+        _show(running)
+
+
+def _show(running: sandbox_up.Running) -> None:
+    for name, value in (
+        ("stack", f"{running.stack} ({running.clocks} clocks)"),
+        ("API", running.api_url),
+        ("target", running.target_url),
+        ("Prometheus", running.prometheus_url),
+        ("kubectl", f"kubectl --kubeconfig {running.kubeconfig} get pods -A -o wide"),
+    ):
+        if value:
+            _say(f"{name:<11} {value}")
+
+
+# ── a cluster ───────────────────────────────────────────────────────────────────────────────────
+
+
+@main.command()
+@cluster_options
+@click.option("--json", "as_json", is_flag=True, help="machine-readable")
+@one_sentence
+def doctor(as_json: bool, **given: Any) -> None:
+    """Check everything that an experiment needs, and say what to do."""
+    found = _settings(given)
+    cluster = arena_.connect(found)
+    prometheus = Prometheus(found.prometheus, found.prometheus_token_file) if found.prometheus else None
+    checks = list(Preflight(cluster, prometheus, found).run())
+    if as_json:
+        _say(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        for check in checks:
+            _say(_line(check))
+    sys.exit(0 if all(check.ok for check in checks) else 1)
+
+
+def _line(check: Check) -> str:
+    return f"{'ok   ' if check.ok else 'WRONG'}  {check.name:<22} {check.detail}"
+
+
+@main.command()
+@cluster_options
+@click.option("--run", help="only what this run left behind")
+@one_sentence
+def heal(run: str | None, **given: Any) -> None:
+    """Undo what earlier runs left behind, from the ledger in the cluster. Safe to repeat."""
+    found = _settings(given)
+    count = heal_(arena_.connect(found), run=run, within=found.heal_within, say=_say)
+    _say(f"{count} undone; nothing is left" if count else "nothing to heal")
+
+
+@main.command()
+@click.option("--namespace", default="llm", show_default=True)
+@one_sentence
+def rbac(namespace: str) -> None:
+    """Print the least rights that the harness needs, for `kubectl apply -f -`."""
+    _say(show_rbac(namespace))
+
+
+# ── run directories ─────────────────────────────────────────────────────────────────────────────
+
+
+def _experiments(directory: Path) -> list[Path]:
+    """The experiment directories in a run directory, or the directory itself."""
+    if (directory / "run.json").exists():
+        return [directory]
+    found = sorted(path.parent for path in directory.glob("*/run.json"))
+    if not found:
+        raise RecordError(f"{directory} is not a run directory: it holds no run.json.")
+    return found
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@one_sentence
+def judge(directory: Path) -> None:
+    """Recompute the verdicts from the record, byte for byte. Exit code 1 unless all are PASS."""
+    judged = []
+    for one in _experiments(directory):
+        timeline, objectives = record.load(one)
+        judgement = judge_(timeline, objectives)
+        record.write_verdict(one, judgement)
+        judged.append(judgement)
+    console.show(judged)
+    sys.exit(0 if Verdict.worst(one.verdict for one in judged) is Verdict.PASS else 1)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@one_sentence
+def report(directory: Path) -> None:
+    """Write the HTML reports of a run directory anew."""
+    for one in _experiments(directory):
+        _say(str(html.write(one)))
+    if not (directory / "run.json").exists():
+        _say(str(html.write_index(directory)))
+
+
+@main.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@one_sentence
+def validate(files: tuple[Path, ...]) -> None:
+    """Check gameday.toml, the environment, and any experiment.json given."""
+    settings_.load({})
+    _say("settings are valid")
+    for path in files:
+        spec = validate_(path)
+        _say(f"{path} is valid: {spec.name}")
+
+
+# ── the load generator ──────────────────────────────────────────────────────────────────────────
+
+
+@main.group()
+def load() -> None:
+    """The load generator by itself."""
+
+
+@load.command("selftest")
+@one_sentence
+def load_selftest() -> None:
+    """Against a server that misbehaves in every known way: is each told apart?"""
+    sys.exit(selftest.run(_say))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Chaos Toolkit: an experiment as its JSON, executed by chaoslib. The only module that imports `chaoslib`.
+
+The actions are the session's steps. chaoslib keeps the journal and calls the rollbacks; its status is never the
+verdict (facts/peers.md lists where it is wrong), which comes from the record alone. The same JSON under plain
+`chaos run` opens a session of its own, on the cluster that `GAMEDAY_CONTEXT` names.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from chaoslib.exceptions import ActivityFailed, ChaosException, InvalidExperiment
+from chaoslib.experiment import ensure_experiment_is_valid
+from chaoslib.run import RunEventHandler, run_experiment as chaos_run
+from chaoslib.types import Strategy
+
+import faults
+from gameday.errors import ExperimentError, GamedayError
+from gameday.objectives import Objectives
+from gameday.run import Session, Spec
+from loadgen.traffic import Traffic
+
+STEPS = (
+    ("prepare", "preflight, lock, ledger, probers, load"),
+    ("before", "the steady state holds for a whole window"),
+    ("inject", "inject the fault and prove its effect"),
+    ("during", "load goes on while the fault lasts"),
+    ("heal", "undo the fault and see that it is gone"),
+    ("after", "load goes on until the service is back for good"),
+)
+ROLLBACKS = (("heal", "undo whatever is not undone yet"), ("finish", "take away everything that is ours"))
+
+_session: Session | None = None
+_crash: BaseException | None = None
+_opener: Callable[[Spec], Session] | None = None  # how `chaos run` gets a session (set by gameday.arena)
+
+
+# ── the experiment as JSON ──────────────────────────────────────────────────────────────────────
+
+
+def spec_json(spec: Spec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "traffic": spec.traffic.to_json(),
+        "fault": faults.to_json(spec.fault),
+        "objectives": spec.objectives.to_json(),
+    }
+
+
+def spec_from_json(data: Mapping[str, Any]) -> Spec:
+    try:
+        return Spec(
+            name=str(data["name"]),
+            traffic=Traffic.from_json(data["traffic"]),
+            fault=faults.from_json(data["fault"]),
+            objectives=Objectives.from_json(data["objectives"]),
+        )
+    except KeyError as missing:
+        raise ExperimentError(f"The experiment's spec has no {missing}.") from missing
+
+
+def _activity(func: str, name: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    provider: dict[str, Any] = {"type": "python", "module": "gameday.toolkit", "func": func}
+    if arguments:
+        provider["arguments"] = dict(arguments)
+    return {"type": "action", "name": name, "provider": provider}
+
+
+def experiment_json(spec: Spec, title: str, seed: int) -> dict[str, Any]:
+    """A Chaos Toolkit experiment, valid under `chaos validate`."""
+    method = [_activity(func, name, {"spec": spec_json(spec)} if func == "prepare" else None) for func, name in STEPS]
+    return {
+        "version": "1.0.0",
+        "title": title,
+        "description": f"gameday experiment {spec.name}, seed {seed}; its verdict is in verdict.json, not in the journal.",
+        "tags": ["gameday", spec.name],
+        "configuration": {"gameday_context": {"type": "env", "key": "GAMEDAY_CONTEXT", "default": ""}},
+        "method": method,
+        "rollbacks": [_activity(func, name) for func, name in ROLLBACKS],
+    }
+
+
+# ── the actions ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _step(name: str) -> bool:
+    """Run one step of the current session; what goes wrong is recorded before chaoslib hears of it."""
+    global _crash  # noqa: PLW0603 - chaoslib calls module functions
+    if _session is None:
+        raise ActivityFailed("gameday has no session: the first action, prepare, must run before this one")
+    if _crash is not None and name not in ("heal", "finish"):
+        raise ActivityFailed("skipped, since an earlier step failed")
+    try:
+        getattr(_session, name)()
+    except GamedayError as wrong:
+        _crash = _crash or wrong
+        _session.stop("error", str(wrong))
+        raise ActivityFailed(str(wrong)) from wrong
+    except BaseException as wrong:
+        _crash = _crash or wrong
+        _session.stop("error", f"{name} crashed: {wrong!r}")
+        raise
+    return not _session.stopped
+
+
+def prepare(spec: Mapping[str, Any]) -> bool:
+    global _session  # noqa: PLW0603
+    if _session is None:
+        if _opener is None:
+            from gameday import arena  # noqa: PLC0415 - only `chaos run` needs it
+
+            _session = arena.open_named(spec_from_json(spec))
+        else:
+            _session = _opener(spec_from_json(spec))
+    return _step("prepare")
+
+
+def before() -> bool:
+    return _step("before")
+
+
+def inject() -> bool:
+    return _step("inject")
+
+
+def during() -> bool:
+    return _step("during")
+
+
+def heal() -> bool:
+    return _step("heal")
+
+
+def after() -> bool:
+    return _step("after")
+
+
+def finish() -> bool:
+    return _step("finish")
+
+
+# ── executing it ────────────────────────────────────────────────────────────────────────────────
+
+
+class _Signals(RunEventHandler):  # type: ignore[misc]
+    """Signals only set the session's stop: every wait sees it, heals, and ends in order.
+
+    chaoslib's own handler raises inside whatever action runs, which swallows the exception and goes on to the
+    next fault (facts/peers.md); so ours replaces it once chaoslib has installed its own.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+        self.received: int | None = None
+
+    def started(self, experiment: Any, journal: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._session.stop("error", f"interrupted by {signal.Signals(number).name}: healing")
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def execute(session: Session, title: str, seed: int) -> int | None:
+    """Run the session's experiment under chaoslib, in the main thread; heals and finishes whatever happens.
+
+    Returns the number of the signal that interrupted it, if one did. Raises what went wrong (`GamedayError` as it
+    was, anything else as the bug that it is) after healing.
+    """
+    global _session, _crash
+    if threading.current_thread() is not threading.main_thread():
+        raise ExperimentError("Experiments run in the main thread only (chaoslib handles signals there).")
+    experiment = experiment_json(session.spec, title, seed)
+    signals = _Signals(session)
+    _session, _crash = session, None
+    journal: Any = None
+    try:
+        with _handlers_kept():
+            try:
+                # deepcopy: chaoslib changes what it is given
+                journal = chaos_run(
+                    copy.deepcopy(experiment),
+                    settings={"runtime": {"rollbacks": {"strategy": "always"}}},
+                    strategy=Strategy.SKIP,
+                    event_handlers=[signals],
+                )
+            finally:
+                # Independent of chaoslib: some of its failures skip the rollbacks.
+                session.heal()
+                session.finish()
+        crash = _crash
+    finally:
+        _session, _crash = None, None
+    if session.dir.is_dir():
+        _write(session.dir / "experiment.json", experiment)
+        _write(session.dir / "journal.json", journal)
+    _reraise(crash, session)
+    return signals.received
+
+
+def _reraise(crash: BaseException | None, session: Session) -> None:
+    """An error that is part of the record is judged with it; anything else is the caller's to show."""
+    if crash is not None and not (session.judgeable and isinstance(crash, GamedayError)):
+        raise crash
+
+
+def validate(path: Path) -> Spec:
+    """Check an experiment file as `chaos validate` does, and that its spec is ours. Raises `ExperimentError`."""
+    try:
+        experiment = json.loads(path.read_text())
+        ensure_experiment_is_valid(experiment)
+        arguments = experiment["method"][0]["provider"]["arguments"]
+        return spec_from_json(arguments["spec"])
+    except OSError as wrong:
+        raise ExperimentError(f"{path} cannot be read: {wrong.strerror}.") from wrong
+    except (ValueError, InvalidExperiment, ChaosException) as wrong:
+        raise ExperimentError(f"{path} is not a valid experiment: {wrong}") from wrong
+    except (KeyError, IndexError, TypeError) as wrong:
+        raise ExperimentError(f"{path} is a Chaos Toolkit experiment, but not one of gameday's.") from wrong
+
+
+def _write(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, default=str) + os.linesep)

@@ -1,0 +1,253 @@
+"""Faults are pure plans: explicit targets, bounded by radius and time, proven, and with an undo for every act."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema_rs
+import pytest
+import yaml
+
+import faults
+from faults import PodKill, Xid, Zone, ZoneOutage, ZonePartition
+from faults.act import NotInjected, injected, manifests
+from faults.base import Apply, Cordon, Cut, Dead, Detected, Fault, Job, View
+from gameday.cluster import Node, Pod
+from gameday.errors import ExperimentError, TargetError
+
+CRDS = Path(__file__).parents[2].parent / "shared" / "chaos-mesh-crds"
+FAULTS: tuple[Fault, ...] = (
+    PodKill(lasting=20),
+    ZonePartition(Zone("a"), lasting=25),
+    ZoneOutage(Zone("a"), lasting=25),
+    ZoneOutage(Zone("a"), lasting=25, replacements="elsewhere"),
+    Xid(79, lasting=30),
+    Xid(13, lasting=20),
+)
+
+
+def pod(name: str, zone: str, *, engine: bool = True, ready: bool = True) -> Pod:
+    return Pod(
+        name=name,
+        namespace="llm",
+        uid=f"uid-{name}",
+        node=f"node-{zone}-1",
+        zone=zone,
+        ip="10.244.0.9",
+        phase="Running",
+        ready=ready,
+        terminating=False,
+        labels={"app": "engine" if engine else "gateway"},
+        gpus=1 if engine else 0,
+        host_network=False,
+        ports=(8000,),
+        restarts=0,
+        owner="ReplicaSet/engine-5d4f" if engine else "ReplicaSet/gateway-77aa",
+        container="engine",
+        waiting="",
+    )
+
+
+def view(pods: tuple[Pod, ...] | None = None) -> View:
+    found = pods or tuple(
+        pod(f"{kind}-{zone}{number}", zone, engine=kind == "engine")
+        for zone in "abc"
+        for kind, count in (("engine", 2), ("gateway", 1))
+        for number in range(count)
+    )
+    return View(
+        namespace="llm",
+        selector="app=engine",
+        engines=tuple(one for one in found if one.labels["app"] == "engine"),
+        pods=found,
+        nodes=tuple(Node(f"node-{zone}-1", f"uid-{zone}", zone, True, False, 2) for zone in "abc"),
+        token="abc123",
+        probers=tuple((f"gd-abc123-prober-{zone}", zone) for zone in "abc"),
+        labels={"app.kubernetes.io/managed-by": "gameday", "gameday.dev/run": "r1"},
+        seed=7,
+        max_share=0.5,
+        expendable=False,
+        allow_node_replacement=False,
+        sandbox=True,
+    )
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{type(fault).__name__}")
+def test_every_act_has_an_undo_and_every_object_an_end(fault: Fault) -> None:
+    plan = fault.plan(view())
+    undone = {(entry.kind, entry.name) for entry in plan.undos}
+    for act in plan.acts:
+        if isinstance(act, Apply):
+            assert (act.kind.kind, act.manifest["metadata"]["name"]) in undone
+            assert act.proof is not None, "a chaos resource without an independent proof"
+            assert int(act.manifest["spec"]["duration"].rstrip("s")) > fault.lasting
+            selector = act.manifest["spec"]["selector"]
+            assert selector["namespaces"] == ["llm"] and selector["pods"]["llm"]
+            assert selector["podPhaseSelectors"] == ["Running"]
+        elif isinstance(act, Job):
+            assert ("Job", act.manifest["metadata"]["name"]) in undone
+            assert act.manifest["spec"]["activeDeadlineSeconds"] > 0
+        elif isinstance(act, Cordon):
+            assert {node for node in act.nodes} == {e.name for e in plan.undos if e.verb == "uncordon"}
+        else:
+            assert any(entry.verb == "allocatable" and entry.name == act.node for entry in plan.undos)
+    for _, manifest in manifests(plan.acts):
+        assert manifest["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "gameday"
+        assert manifest["metadata"]["name"].startswith("gd-abc123-")
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{type(fault).__name__}")
+def test_the_same_seed_plans_the_same(fault: Fault) -> None:
+    assert fault.plan(view()) == fault.plan(view())
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{type(fault).__name__}")
+def test_a_fault_survives_its_json(fault: Fault) -> None:
+    assert faults.from_json(json.loads(json.dumps(faults.to_json(fault)))) == fault
+
+
+@pytest.mark.skipif(not CRDS.is_dir(), reason="the real CRDs are not beside this checkout")
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{type(fault).__name__}")
+def test_manifests_are_valid_under_the_real_crds(fault: Fault) -> None:
+    checked = 0
+    for act in fault.plan(view()).acts:
+        if isinstance(act, Apply):
+            crd = yaml.safe_load((CRDS / f"chaos-mesh.org_{act.kind.plural}.yaml").read_text())
+            schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+            jsonschema_rs.Draft4Validator(schema).validate(act.manifest)
+            known = schema["properties"]["spec"]["properties"]
+            assert set(act.manifest["spec"]) <= set(known), "a field that Chaos Mesh would drop in silence"
+            checked += 1
+    assert checked
+
+
+def test_zone_outage_undoes_in_the_order_that_works() -> None:
+    """Pod-failure first (its containers must run), then the partition, which outlives it, then the cordon."""
+    plan = ZoneOutage(Zone("a"), lasting=25).plan(view())
+    assert [entry.what for entry in plan.undos] == ["pod-failure", "partition", "cordon"]
+    assert plan.undos[0].running
+    by_name = {act.what: act.manifest["spec"]["duration"] for act in plan.acts if isinstance(act, Apply)}
+    assert int(by_name["partition"][:-1]) > int(by_name["pod-failure"][:-1])
+
+
+def test_zone_outage_elsewhere_cuts_before_it_kills_and_names_its_rebalancing() -> None:
+    plan = ZoneOutage(Zone("a"), lasting=25, replacements="elsewhere").plan(view())
+    assert [act.what for act in plan.acts] == ["cordon", "partition", "pod-kill"]
+    assert plan.rebalance == ("engine", "gateway")
+    kill = plan.acts[2]
+    assert isinstance(kill, Apply) and kill.manifest["spec"]["gracePeriod"] == 0
+    assert isinstance(kill.proof, Dead) and kill.proof.zone == "a"
+
+
+def test_zone_outage_never_uncordons_what_others_cordoned() -> None:
+    before = view()
+    cordoned = tuple(replace(node, unschedulable=node.zone == "a") for node in before.nodes)
+    plan = ZoneOutage(Zone("a"), lasting=25).plan(replace(before, nodes=cordoned))
+    assert not any(entry.verb == "uncordon" for entry in plan.undos)
+
+
+def test_a_cut_includes_our_probers_on_both_sides() -> None:
+    (act,) = ZonePartition(Zone("a"), lasting=25).plan(view()).acts
+    assert isinstance(act, Apply) and isinstance(act.proof, Cut)
+    assert "gd-abc123-prober-a" in act.manifest["spec"]["selector"]["pods"]["llm"]
+    assert "gd-abc123-prober-b" in act.manifest["spec"]["target"]["selector"]["pods"]["llm"]
+    assert act.records == 9 + 3
+
+
+def test_xid_79_signals_first_and_takes_the_gpus_out_of_allocatable() -> None:
+    plan = Xid(79, lasting=30).plan(view())
+    assert [act.what for act in plan.acts] == ["signal", "allocatable", "pod-failure"]
+    signal = plan.acts[0]
+    assert isinstance(signal, Job) and isinstance(signal.proof, Detected)
+    node = plan.facts.nodes[0]
+    spec = signal.manifest["spec"]["template"]["spec"]
+    assert spec["nodeSelector"] == {"kubernetes.io/hostname": node}
+    line = spec["containers"][0]["env"][0]["value"]
+    assert line == "kernel: NVRM: Xid (PCI:0000:05:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
+    assert not plan.facts.one_shot
+
+
+def test_xid_13_kills_one_container_and_leaves_the_node_alone() -> None:
+    plan = Xid(13, lasting=20).plan(view())
+    assert [act.what for act in plan.acts] == ["signal", "container-kill"]
+    assert plan.facts.one_shot and len(plan.facts.pods) == 1
+
+
+# ── refusals ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_last_healthy_zone_is_refused() -> None:
+    only_a = tuple(pod(f"engine-a{number}", "a") for number in range(2))
+    other = pod("gateway-b0", "b", engine=False)
+    wide = replace(view((*only_a, other)), max_share=1.0)
+    with pytest.raises(TargetError, match="no healthy zone"):
+        ZoneOutage(Zone("a"), lasting=25).plan(wide)
+    assert ZoneOutage(Zone("a"), lasting=25).plan(replace(wide, expendable=True)).facts.zone == "a"
+
+
+def test_more_than_the_allowed_share_is_refused() -> None:
+    with pytest.raises(TargetError, match="more than the allowed 50%"):
+        PodKill(lasting=20, count=4).plan(view())
+
+
+def test_a_fault_that_selects_nothing_is_an_error() -> None:
+    nobody = replace(view(), engines=())
+    with pytest.raises(TargetError):
+        PodKill(lasting=20).plan(nobody)
+    with pytest.raises(TargetError, match="would show nothing"):
+        ZonePartition(Zone("a"), lasting=20).plan(nobody)
+
+
+def test_an_unknown_zone_names_the_known_ones() -> None:
+    with pytest.raises(TargetError, match=r"'z'; the zones are: a, b, c"):
+        ZonePartition(Zone("z"), lasting=20).plan(view())
+
+
+def test_node_replacing_faults_are_refused_on_real_clusters() -> None:
+    real = replace(view(), sandbox=False)
+    with pytest.raises(TargetError, match="--allow-node-replacement"):
+        Xid(79, lasting=30).plan(real)
+    assert Xid(13, lasting=30).plan(real)
+    assert Xid(79, lasting=30).plan(replace(real, allow_node_replacement=True))
+
+
+@pytest.mark.parametrize("code", [109, 5])
+def test_xids_that_cannot_be_made_are_refused(code: int) -> None:
+    with pytest.raises(ExperimentError):
+        Xid(code, lasting=30)
+
+
+def test_unknown_faults_and_fields_are_refused() -> None:
+    with pytest.raises(ExperimentError, match="There is no fault"):
+        faults.from_json({"type": "Meteor"})
+    with pytest.raises(ExperimentError, match="lasting"):
+        faults.from_json({"type": "PodKill", "lasting": "soon"})
+
+
+# ── the control proof ───────────────────────────────────────────────────────────────────────────
+
+
+def chaos(phases: list[str], desired: str = "Run", selected: str = "True") -> dict[str, object]:
+    records = [{"id": f"llm/p{number}", "phase": phase} for number, phase in enumerate(phases)]
+    return {
+        "status": {
+            "conditions": [{"type": "Selected", "status": selected}, {"type": "AllRecovered", "status": "True"}],
+            "experiment": {"desiredPhase": desired, "containerRecords": records},
+        }
+    }
+
+
+def test_injected_needs_every_record_and_the_expected_count() -> None:
+    assert injected(chaos(["Injected", "Injected"]), 2)
+    assert not injected(chaos(["Injected", "Not Injected"]), 2)
+    assert not injected(chaos([]), 2)
+    assert not injected(chaos(["Injected"], desired="Stop"), 1)
+    with pytest.raises(NotInjected, match="1 targets were selected, not 2"):
+        injected(chaos(["Injected"]), 2)
+
+
+def test_a_selector_that_selected_nothing_is_terminal() -> None:
+    with pytest.raises(NotInjected, match="selected nothing"):
+        injected(chaos([], selected="False"), 1)
