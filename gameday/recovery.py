@@ -143,8 +143,8 @@ class Measured:
 
         (A verdict looks at all of them.)
         """
-        small = [b for b in self.backs if b.clock == "fault" and not b.outage.broken]
-        largest = max(small, key=lambda b: b.outage.size, default=None)
+        near = [b for b in self.backs if b.clock == "fault"]
+        largest = max(near, key=lambda b: b.outage.size, default=None)
         some = [b for b in self.backs if b.clock != "fault" or b.outage.broken or b is largest]
         return max(some, key=lambda b: (not b.held, b.by_heal == "yes", b.high - b.onset.start), default=None)
 
@@ -226,6 +226,13 @@ def _holds(series: Series, asked: Asked, i: int) -> bool:
     return series.bad_before[hi] - series.bad_before[lo] <= (1 - asked.at_least) * (hi - lo) + 1e-9
 
 
+def _held_at_end(series: Series, asked: Asked) -> bool:
+    """Whether the observation ended with a whole hold time in which the objective held."""
+    lo, n = bisect_left(series.t, series.end - asked.hold), len(series.t)
+    bad = series.bad_before[n] - series.bad_before[lo]
+    return series.end - asked.hold >= series.start and bad <= (1 - asked.at_least) * (n - lo) + 1e-9
+
+
 def _tail_share(series: Series, bads: Sequence[int]) -> tuple[float, float]:
     """Share of bad requests up to the last of these: estimate, and lower bound (one standard error, Wilson)."""
     looks = []
@@ -247,7 +254,7 @@ def _back(timeline: Timeline, asked: Asked, series: Series, fault: Window, outag
     high = _sent(series, (last if last == outage.last else outage.last) + m)
     sure = _sent(series, outage.last + RUN) if outage.last + RUN < len(series.t) else None
     point = _median(series, last, m, share)
-    held = not outage.broken or series.t[outage.last] + asked.hold <= series.end + 1e-9
+    held = not outage.broken or _held_at_end(series, asked)
     onset, clock = _onset(timeline, asked, series, fault, outage)
     undo = None if timeline.fault.one_shot else first(timeline, Step.UNDO)
     by_heal: Literal["no", "maybe", "yes"] = "no"
