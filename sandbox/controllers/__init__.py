@@ -11,13 +11,16 @@ import asyncio
 from sandbox.client import Api
 from sandbox.controllers.catalog import Catalog
 from sandbox.controllers.collector import GarbageCollector
+from sandbox.controllers.daemonset import DaemonSets
 from sandbox.controllers.deployment import Deployments
 from sandbox.controllers.disruption import DisruptionBudgets
 from sandbox.controllers.endpoints import EndpointSlices, LegacyEndpoints
+from sandbox.controllers.job import JobPods, Jobs
 from sandbox.controllers.namespaces import RootCertificates, ServiceAccounts, Termination
 from sandbox.controllers.nodes import NodeLifecycle, PodCollector, TaintEviction
 from sandbox.controllers.replicaset import ReplicaSets
 from sandbox.controllers.scheduler import Scheduler
+from sandbox.controllers.statefulset import StatefulSets
 from sandbox.controllers.work import Caches, Controller, Recorder, Shared
 from sandbox.options import Clocks
 
@@ -30,6 +33,9 @@ _CONTROLLERS: tuple[type[Controller], ...] = (
     LegacyEndpoints,
     DisruptionBudgets,
     TaintEviction,
+    StatefulSets,
+    DaemonSets,
+    JobPods,
 )
 
 
@@ -41,7 +47,7 @@ async def run(api: Api, clocks: Clocks, *, root_ca: str = "") -> None:
         catalog = Catalog(api, shared.caches)
         controllers = [make(shared) for make in _CONTROLLERS]
         controllers += [GarbageCollector(shared, catalog), Termination(shared, catalog, clocks)]
-        controllers += [NodeLifecycle(shared, clocks), PodCollector(shared, clocks)]
+        controllers += [NodeLifecycle(shared, clocks), PodCollector(shared, clocks), Jobs(shared, clocks)]
         if root_ca:
             controllers.append(RootCertificates(shared, root_ca))
         await catalog.start()
