@@ -1,7 +1,9 @@
 """Prometheus discovery of pods over HTTP, with the labels that `kubernetes_sd_configs` (role: pod) gives.
 
 Debian's Prometheus is built without Kubernetes discovery; with the same `__meta_kubernetes_*` labels the
-relabelling rules stay those of a real cluster. Source: Prometheus documentation, kubernetes_sd_config and http_sd_config.
+relabelling rules stay those of a real cluster.
+
+Source: Prometheus documentation, kubernetes_sd_config and http_sd_config.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def pod_labels(pod: Obj, node: Obj | None = None) -> dict[str, str]:
     """The labels of all of a pod's targets."""
     meta, spec, status = pod["metadata"], pod["spec"], pod.get("status") or {}
     ready = next((c["status"] for c in status.get("conditions") or [] if c["type"] == "Ready"), "unknown")
-    owner = next((ref for ref in meta.get("ownerReferences") or [] if ref.get("controller")), {})
+    owner: Obj = next((ref for ref in meta.get("ownerReferences") or [] if ref.get("controller")), {})
     labels = {
         "namespace": meta["namespace"],
         "pod_name": meta["name"],

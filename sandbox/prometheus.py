@@ -59,8 +59,8 @@ def config(clocks: Clocks) -> str:
             "replacement": "$1:$2",
             "target_label": "__address__",
         },
-        *({"source_labels": [source], "target_label": target} for source, target in copied.items()),
     ]
+    relabel += [{"source_labels": [source], "target_label": target} for source, target in copied.items()]
     interval = f"{max(1, round(clocks.scrape_interval * 1000))}ms"
     timeout = f"{max(1, round(min(10.0, clocks.scrape_interval) * 1000))}ms"
     discovery = {"url": f"http://127.0.0.1:{DISCOVERY_PORT}/pods", "refresh_interval": "1s"}
@@ -90,7 +90,6 @@ def prepare(binary: Path, directory: Path, clocks: Clocks, public_url: str) -> C
         str(binary),
         f"--config.file={file}",
         f"--storage.tsdb.path={directory / 'data'}",
-        "--storage.tsdb.no-lockfile",
         f"--web.listen-address=127.0.0.1:{PORT}",
         f"--web.external-url={public_url}",
         "--web.route-prefix=/",

@@ -27,6 +27,7 @@ MS_REC = 16384
 MS_PRIVATE = 1 << 18
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -55,6 +56,11 @@ def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str 
 def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
     """Get `sig` when the *thread* that forked this process ends."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose parent dies, in place of the host's PID 1, which may not reap them."""
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 def sethostname(name: str) -> None:
@@ -89,33 +95,24 @@ def new_netns() -> int:
         os.close(here)
 
 
-@contextmanager
-def children_in_new_pidns() -> Iterator[None]:
-    """The first process forked inside becomes PID 1 of a new namespace (and a plain child of ours)."""
+def fork(pidns: int | None = None, *, new_pidns: bool = False) -> int:
+    """`os.fork`, with the child (a plain child of ours) in the process namespace `pidns`, or PID 1 of a new one."""
+    if pidns is None and not new_pidns:
+        return os.fork()
     own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    if pidns is None:
         unshare(CLONE_NEWPID)
-        try:
-            yield
-        finally:
-            setns(own, CLONE_NEWPID)
-    finally:
-        os.close(own)
-
-
-@contextmanager
-def children_in_pidns(fd: int) -> Iterator[None]:
-    """Processes forked inside live in the process namespace `fd`, which is closed."""
-    own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    else:
+        setns(pidns, CLONE_NEWPID)
     try:
-        setns(fd, CLONE_NEWPID)
-        try:
-            yield
-        finally:
-            setns(own, CLONE_NEWPID)
-    finally:
-        os.close(own)
-        os.close(fd)
+        pid = os.fork()
+    except OSError:
+        setns(own, CLONE_NEWPID)
+        raise
+    if pid:  # the child must not: it cannot go back up
+        setns(own, CLONE_NEWPID)
+    os.close(own)
+    return pid
 
 
 def namespaces(pid: int) -> dict[int, int]:

@@ -104,19 +104,16 @@ class Zygote:
 
     def _spawn(self, order: dict[str, Any], fds: Sequence[int]) -> None:
         spaces: dict[int, int] = {}
-        where: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if order["isolated"]:
-            where = linux.children_in_new_pidns()
-        elif order["join"]:
+        pidns: int | None = None
+        if order["join"]:
             joined = self._pids.get(order["join"])
             if joined is None:
                 self._tell({"op": "failed", "id": order["id"], "error": "the container is not running"})
                 return
             spaces = linux.namespaces(joined)
-            where = linux.children_in_pidns(spaces.pop(linux.CLONE_NEWPID))
+            pidns = spaces[linux.CLONE_NEWPID]
         ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
-        with where:
-            pid = os.fork()
+        pid = linux.fork(pidns, new_pidns=order["isolated"])
         if pid == 0:
             os.close(ready_r)
             _become(order, fds, ready_w, spaces)
@@ -212,7 +209,8 @@ def _prepare(
         else:
             mounts.apply([Mount(**item) for item in order["mounts"]])
     for kind, fd in spaces.items():
-        linux.setns(fd, kind)
+        if kind != linux.CLONE_NEWPID:  # entered by the fork
+            linux.setns(fd, kind)
     os.chdir(order["cwd"])
     null = os.open(os.devnull, os.O_RDONLY)
     for fd, number in ((null, 0), (out, 1), (err, 2)):
