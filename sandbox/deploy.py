@@ -107,7 +107,7 @@ async def _complete(api: Api, kind: Kind, document: Obj) -> bool:
     if kind is DEPLOYMENTS:
         return bool(status.get("readyReplicas", 0) == current["spec"].get("replicas", 1))
     assert kind is DAEMONSETS, "no other kind is asked for"
-    return bool(0 < status.get("desiredNumberScheduled", 0) == status.get("numberReady", 0))
+    return 0 < int(status.get("desiredNumberScheduled", 0)) == int(status.get("numberReady", 0))
 
 
 async def _reasons(api: Api) -> str:

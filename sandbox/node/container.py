@@ -247,7 +247,7 @@ class Container:
             netns=True,
             isolated=True,
             hostname=self.pod.spec.get("hostname") or meta["name"],
-            mounts=self.pod.volumes.mounts(spec),
+            mounts=(*self.pod.name_files(), *self.pod.volumes.mounts(spec)),
         )
         return order, self.pod.net_fd
 
@@ -306,9 +306,10 @@ class Container:
         code = await over
         why: Wish | None = self._wish
         self._ended(code)
-        if why in (None, "stop"):
-            self.pod.changed()
+        if why == "stop" and self.pod.any_running:
+            self.pod.changed()  # the last one's end is reported with the pod's
         if why is None:
+            self.pod.changed()
             await self.pod.posted()  # the death is reported before the restart
         return why, code
 

@@ -15,6 +15,7 @@ import aiohttp
 from sandbox.client import PODS, ApiError, Obj
 from sandbox.node import status
 from sandbox.node.container import BackOff, Container
+from sandbox.node.mounts import Mount
 from sandbox.node.network import PodNet
 from sandbox.node.volumes import Base, NotReady, Volumes, environment
 
@@ -72,6 +73,21 @@ class Pod:
 
     def netns(self) -> int | None:
         return self._net.fd if self._net and self._net.fd >= 0 else None
+
+    @property
+    def any_running(self) -> bool:
+        return any(view.running for view in (*self.view.containers, *self.view.init))
+
+    def name_files(self) -> tuple[Mount, ...]:
+        """The pod's /etc/hosts and /etc/resolv.conf."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        meta = self.obj["metadata"]
+        hosts, resolver = self.directory / "hosts", self.directory / "resolv.conf"
+        name = self.spec.get("hostname") or meta["name"]
+        hosts.write_text(f"# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n{self.ip}\t{name}\n")
+        # No cluster DNS: names that are not in the hosts file fail at once instead of timing out.
+        resolver.write_text(f"search {meta['namespace']}.svc.cluster.local svc.cluster.local\nnameserver 127.0.0.1\n")
+        return Mount(str(hosts), "/etc/hosts"), Mount(str(resolver), "/etc/resolv.conf")
 
     def container_spec(self, name: str, *, init: bool) -> Obj:
         specs: list[Obj] = self.spec["initContainers" if init else "containers"]
