@@ -63,6 +63,9 @@ _MARK_SHAPES = {"fault": "star", "chaos records": "diamond", "nodes": "square", 
 
 _TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds; formatters in JavaScript would need eval
 
+_NAMED = {RED: "bad", GREEN: "good"}  # how report.js finds texts whose colour depends on the page's
+LEFT = 132  # pixels kept for labels at the left of every chart, so that their x axes line up
+
 Plot = Any  # bokeh is untyped
 
 
@@ -87,7 +90,7 @@ def _plot(on: Axis, shared: Range1d, height: int, **more: Any) -> Plot:
         tools="xpan,xbox_zoom",
         toolbar_location=None,
         output_backend="canvas",
-        min_border_left=8,
+        min_border_left=LEFT,
         min_border_right=14,
         **more,
     )
@@ -132,25 +135,26 @@ def _upright(x: float, colour: str, dash: str, width: float = 1) -> Line:
 
 def _name_phases(plot: Plot, on: Axis) -> None:
     """Phases, the fault and R by name, along the chart's upper edge."""
+    top = plot.y_range.end
     for phase in on.phases:
-        plot.add_layout(_caption(phase.start, phase.name, 0))
+        plot.add_layout(_caption(phase.start, top, phase.name, 0))
     if on.fault:
-        plot.add_layout(_caption(on.fault.start, f"fault: {on.fault.name}"[:30], 14, colour=RED))
+        plot.add_layout(_caption(on.fault.start, top, f"fault: {on.fault.name}"[:30], 1, colour=RED))
     if on.back is not None:
-        plot.add_layout(_caption(on.back, "R service is back", 28, colour=GREEN))
+        plot.add_layout(_caption(on.back, top, "R: service is back", 2, colour=GREEN))
 
 
-def _caption(x: float, text: str, below: int, colour: str = "") -> Label:
+def _caption(x: float, top: float, text: str, line: int, colour: str = "") -> Label:
     made = Label(
         x=x,
-        y=-2 - below,
-        y_units="screen",
+        y=top,
         text=text.replace("$$", "$"),
         text_font_size="11px",
-        x_offset=3,
+        x_offset=4,
+        y_offset=-2 - 14 * line,
         text_baseline="top",
         text_font_style="bold" if colour else "normal",
-        name="" if colour else "themed",
+        name=_NAMED.get(colour, "themed"),
     )
     if colour:
         made.text_color = colour
@@ -163,7 +167,7 @@ def latency(points: view.Points, on: Axis, limits: Sequence[view.Span], shared: 
     low = min([p.y for p in points.drawn] + [0.1]) * 0.7
     plot = _plot(on, shared, 330, y_axis_type="log", y_range=(low, top))
     items = []
-    for kind in (Group.UNCOUNTED, Group.GOOD, Group.BROKEN, Group.FAILED):
+    for kind in Group:
         chosen = [p for p in points.drawn if p.group is kind]
         if chosen:
             items.append(LegendItem(label=_called(kind, points), renderers=[_scatter(plot, kind, chosen)]))
@@ -171,7 +175,7 @@ def latency(points: view.Points, on: Axis, limits: Sequence[view.Span], shared: 
         y = float(span.name)
         line = plot.line([span.start, span.end], [y, y], line_color=PURPLE, line_width=2, line_dash="dashed")
         if span is limits[0]:
-            items.append(LegendItem(label="limit for the first token", renderers=[line]))
+            items.append(LegendItem(label="first-token limit", renderers=[line]))
     plot.yaxis.ticker = FixedTicker(ticks=list(_TICKS), minor_ticks=[])
     plot.yaxis.major_label_overrides = {t: show_duration(t) for t in _TICKS}
     plot.yaxis.axis_label = "first token, or until it failed"
@@ -196,10 +200,8 @@ def latency(points: view.Points, on: Axis, limits: Sequence[view.Span], shared: 
 
 def _called(kind: Group, points: view.Points) -> str:
     if kind is Group.GOOD and points.one_in > 1:
-        return f"good (1 in {points.one_in} drawn, and the slowest of each ½ s)"
-    if kind is Group.FAILED:
-        return "failed before its first token"
-    return "shed or cut off by us" if kind is Group.UNCOUNTED else str(kind)
+        return f"good (1 in {points.one_in} drawn)"
+    return str(kind)
 
 
 def _scatter(plot: Plot, kind: Group, chosen: Sequence[view.Point]) -> Any:
@@ -216,7 +218,7 @@ def _scatter(plot: Plot, kind: Group, chosen: Sequence[view.Point]) -> Any:
         }
     )
     edge = colour if kind in (Group.GOOD, Group.FAILED) else "#5b4300"
-    width = 2 if kind is Group.FAILED else 0 if kind is Group.GOOD else 1
+    width = 2.0 if kind is Group.FAILED else 0 if kind is Group.GOOD else 1
     return plot.scatter(
         "x",
         "y",
@@ -228,6 +230,7 @@ def _scatter(plot: Plot, kind: Group, chosen: Sequence[view.Point]) -> Any:
         line_color=edge,
         line_alpha=alpha,
         line_width=width,
+        name=str(kind),
     )
 
 
@@ -280,7 +283,7 @@ def _stack(plot: Plot, bins: view.Bins, fills: Mapping[str, tuple[str, str]], na
             line_color=None,
             hatch_pattern=hatch,
             hatch_color="black",
-            hatch_alpha=0.45,
+            hatch_alpha=0.28,
             hatch_scale=7,
             hatch_weight=1,
         )
@@ -382,7 +385,7 @@ def waterfall(judgement: Judgement, recovery: Recovery, limit: float | None) -> 
         y_range=(-0.6, len(names) - 0.4),
         tools="",
         toolbar_location=None,
-        min_border_left=8,
+        min_border_left=LEFT,
         min_border_right=14,
     )
     plot.background_fill_alpha = plot.border_fill_alpha = 0
@@ -411,7 +414,7 @@ def waterfall(judgement: Judgement, recovery: Recovery, limit: float | None) -> 
     _total(plot, judgement, recovery)
     if limit is not None:
         plot.add_layout(_upright(limit, RED, "dashed", width=2))
-        plot.add_layout(_caption(limit, f"RTO {words.plain_duration(limit)}", 0, colour=RED))
+        plot.add_layout(_caption(limit, len(names) - 0.4, f"RTO {words.plain_duration(limit)}", 0, colour=RED))
     _lanes_axis(plot, names)
     plot.add_tools(
         HoverTool(renderers=[bars], tooltips=[("stage", "@name"), ("until", "@right{0.00} s"), ("took", "@took s")])

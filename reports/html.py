@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from gameday import record
 from gameday.clock import Epoch
-from gameday.model import FaultMark, Judgement, Note, Timeline, Verdict
+from gameday.model import Finding, Judgement, Note, Timeline, Verdict
 from reports import charts, verdicts, view, words
 from reports.console import healed, story
 
@@ -86,6 +86,7 @@ def render(timeline: Timeline, judgement: Judgement, applied: Sequence[Manifest]
     docs, roots, docid = charts.document({f.id: f.plot for f in figures})
     epoch = Epoch(timeline.about.epoch_wall, timeline.about.epoch_mono)
     ours = (_bokeh(), _ours())
+    findings, sound = _of_run(judgement.findings)
     return (
         _environment()
         .get_template("report.html.j2")
@@ -93,7 +94,8 @@ def render(timeline: Timeline, judgement: Judgement, applied: Sequence[Manifest]
             about=timeline.about,
             fault=timeline.fault,
             verdict=judgement,
-            findings=judgement.findings,
+            findings=findings,
+            sound=sound,
             reasons=words.reasons(judgement),
             story=story(judgement),
             healed=healed(judgement),
@@ -105,7 +107,7 @@ def render(timeline: Timeline, judgement: Judgement, applied: Sequence[Manifest]
             phase_figures=view.figures(timeline, on),
             worst=view.worst_second(timeline, on),
             queries=view.queries(timeline),
-            fault_marks=[m for m in timeline.events if isinstance(m, FaultMark)],
+            fault_marks=view.fault_marks(timeline),
             notes=[n for n in timeline.events if isinstance(n, Note)],
             manifests=applied,
             data=_json({"docs": docs, "roots": roots, "docid": docid, "fault": _zoom(on)}),
@@ -269,6 +271,13 @@ def _waterfall_figure(judgement: Judgement) -> Figure | None:
         ("stage", "from, s", "until, s", "took"),
         rows,
     )
+
+
+def _of_run(findings: Sequence[Finding]) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """(what is wrong with the run itself and then the objectives, what is right with the run itself)."""
+    sound = tuple(f for f in findings if f.phase == "run" and f.status is Verdict.PASS)
+    rest = [f for f in findings if f not in sound]
+    return tuple(sorted(rest, key=lambda f: f.phase != "run")), sound
 
 
 def _rto(judgement: Judgement) -> float | None:

@@ -6,8 +6,8 @@
 
   const colours = () => {
     const on_dark = dark.matches && !print.matches;
-    return on_dark ? { ink: "#e8ebef", soft: "#a5afbc", grid: "#39414c", hatch: "#000000" }
-                   : { ink: "#16191d", soft: "#55606e", grid: "#d5dae1", hatch: "#000000" };
+    return on_dark ? { ink: "#e8ebef", soft: "#a5afbc", grid: "#39414c", bad: "#ff8a4d", good: "#2fc796", blue: "#45aaf2" }
+                   : { ink: "#16191d", soft: "#55606e", grid: "#d5dae1", bad: "#b23c00", good: "#00714f", blue: "#0072b2" };
   };
 
   const paint = () => {
@@ -22,11 +22,24 @@
           model.setv({ grid_line_color: model.grid_line_color === null ? null : c.grid });
         } else if (model.type === "Legend") {
           model.setv({ label_text_color: c.ink, inactive_fill_color: c.grid });
-        } else if (model.type === "Label" && model.name === "themed") {
-          model.setv({ text_color: c.soft });
+        } else if (model.type === "Label") {
+          model.setv({ text_color: c[model.name] ?? c.soft });
         } else if (model.type === "GlyphRenderer" && model.name === "themed") {
           model.glyph.setv({ text_color: { value: c.ink } });
+        } else if (model.type === "GlyphRenderer" && model.name === "good") {
+          model.glyph.setv({ fill_color: { value: c.blue }, line_color: { value: c.blue } });
         }
+      }
+    }
+  };
+
+  const narrow = matchMedia("(max-width: 42rem)");
+  const fit = () => {
+    for (const doc of Bokeh.documents) {
+      for (const plot of doc.roots()) {
+        plot.setv({ min_border_left: narrow.matches ? 96 : 132, min_border_right: narrow.matches ? 6 : 14 });
+        for (const part of plot.above) if (part.type === "Legend") part.ncols = narrow.matches ? 2 : "auto";
+        for (const axis of plot.left) axis.major_label_text_font_size = narrow.matches ? "9px" : "11px";
       }
     }
   };
@@ -83,7 +96,9 @@
   const done = Bokeh.embed.embed_items(data.docs, [{ docid: data.docid, roots, root_ids: Object.keys(roots) }]);
   done.then(() => {
     paint();
+    fit();
     wire();
+    narrow.addEventListener("change", fit);
     dark.addEventListener("change", paint);
     print.addEventListener("change", paint);
     document.documentElement.dataset.charts = "drawn";

@@ -29,6 +29,7 @@ from gameday.model import (
     Step,
     Timeline,
 )
+from gameday.windows import requests
 
 BIN = 0.5  # seconds
 POINTS = 4000  # good requests drawn at most, beside the slowest of every bin
@@ -291,9 +292,24 @@ def _label(mark: PodMark, zone: str, target: bool) -> str:
     return f"{'◆ ' if target else ''}{short} {zone}".strip()
 
 
+def fault_marks(timeline: Timeline) -> tuple[FaultMark, ...]:
+    """The fault's steps; of proofs that were looked at again and again, each change and the last look."""
+    kept: list[FaultMark] = []
+    last: dict[tuple[Step, str], FaultMark] = {}
+    for mark in sorted((e for e in timeline.events if isinstance(e, FaultMark)), key=lambda m: m.t):
+        key = (mark.step, mark.what)
+        same = last.get(key)
+        if mark.step is not Step.EFFECT or same is None or same.ok is not mark.ok:
+            kept.append(mark)
+        last[key] = mark
+    kept += [m for m in last.values() if m not in kept]
+    return tuple(sorted(kept, key=lambda m: m.t))
+
+
 def marks(timeline: Timeline, on: Axis) -> tuple[Mark, ...]:
     """What happened beside the traffic: the fault's steps, chaos records, nodes, Kubernetes events, notes."""
-    found = [m for e in timeline.events if (m := _mark(e, on)) is not None]
+    events = [*fault_marks(timeline), *(e for e in timeline.events if not isinstance(e, FaultMark))]
+    found = [m for e in events if (m := _mark(e, on)) is not None]
     return tuple(sorted(found, key=lambda m: m.x))
 
 
@@ -356,23 +372,26 @@ class PhaseFigures:
 
 
 def figures(timeline: Timeline, on: Axis) -> tuple[PhaseFigures, ...]:
-    """By intended send time; the objectives' own findings assign broken streams to the phase in which they broke."""
+    """As the objectives count: a stream that broke after the fault belongs to `during`, whenever it was sent.
+
+    A first token that never came is infinitely late.
+    """
     return tuple(_figures(span, timeline, on) for span in on.phases)
 
 
 def _figures(span: Span, timeline: Timeline, on: Axis) -> PhaseFigures:
-    seen = [r for r in timeline.replies if span.start <= on.at(r.t_intended) < span.end]
-    groups = Counter(group(r) for r in seen)
-    ttfts = sorted(r.ttft for r in seen if r.ok and r.ttft is not None)
-    counted = [r for r in seen if r.counted]
+    counted = requests(timeline, Phase(span.name))
+    uncounted = [r for r in timeline.replies if not r.counted and span.start <= on.at(r.t_intended) < span.end]
+    groups = Counter(group(r) for r in counted)
+    ttfts = sorted(math.inf if r.ttft is None else r.ttft for r in counted)
     zones = Counter(r.zone or NO_ANSWER for r in counted)
     return PhaseFigures(
         phase=span.name,
-        requests=len(seen),
+        requests=len(counted) + len(uncounted),
         good=groups[Group.GOOD],
         broken=groups[Group.BROKEN],
         failed=groups[Group.FAILED],
-        uncounted=groups[Group.UNCOUNTED],
+        uncounted=len(uncounted),
         p50=quantile(ttfts, 0.5),
         p95=quantile(ttfts, 0.95),
         zones={z: n / len(counted) for z, n in sorted(zones.items())},

@@ -61,7 +61,8 @@ def _scale(value: float, half: float, unit: str) -> tuple[float, int]:
         return 100, 2
     if unit == "s" and abs(value) < 1:
         return 1000, 0
-    return 1, 0 if half >= 10 else 1 if half >= 1 else 2
+    whole = unit != "s" and value == round(value)
+    return 1, 0 if whole or half >= 10 else 1 if half >= 1 else 2
 
 
 def observed(finding: Finding) -> str:
@@ -71,6 +72,13 @@ def observed(finding: Finding) -> str:
         return said
     spread = interval(finding.observed, finding.low, finding.high, finding.unit)
     return f"{said} {spread}".rstrip()
+
+
+def limit(finding: Finding) -> str:
+    """The limit as it was written down; `–` where there is none."""
+    if finding.limit is None:
+        return "–"
+    return plain_duration(finding.limit) if finding.unit == "s" else quantity(finding.limit, finding.unit)
 
 
 def is_recovery(finding: Finding) -> bool:
