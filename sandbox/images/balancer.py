@@ -1,8 +1,9 @@
 """Which engine a request goes to: the ready endpoints, least in flight first, the failing ones left out.
 
-An endpoint that cannot be connected to is ejected at once, one that fails otherwise after two failures in a row.
-An ejected endpoint is asked for /health, first after `base` seconds, then after ever doubled waits, and comes back
-when it answers. When all are ejected all are used ("panic"): a detector that sees only faults is not believed.
+An endpoint that cannot be connected to, or is asked for /health on suspicion and does not answer, is ejected at once,
+one that fails otherwise after two failures in a row. An ejected endpoint is asked for /health, first after `base`
+seconds, then after ever doubled waits, and comes back when it answers. When all are ejected all are used ("panic"):
+a detector that sees only faults is not believed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from sandbox.client import Obj
-from sandbox.images.upstream import Cause, Pool
+from sandbox.images.upstream import Cause, Connection, Pool
 
 AT_ONCE: frozenset[Cause] = frozenset({"refused", "connect_timeout"})
 
@@ -38,6 +39,7 @@ class Endpoint:
     failures: int = 0  # in a row
     ejected: bool = False
     wait: float = 0.0  # before the next look at an ejected endpoint
+    waiting: set[Connection] = field(default_factory=set)  # first attempts that have no byte yet
     looking: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
@@ -67,18 +69,18 @@ class Budget:
 
 
 class Balancer:
-    """`healthy(endpoint)` asks an ejected endpoint; `on_eject(pod)` counts."""
+    """`healthy(endpoint)` asks an endpoint; `on_change(endpoint)` is told of every ejection and re-admission."""
 
     def __init__(
         self,
         policy: Policy,
         open_pool: Callable[[Place], Pool],
         healthy: Callable[[Endpoint], Awaitable[bool]],
-        on_eject: Callable[[str], None],
+        on_change: Callable[[Endpoint], None],
         draw: random.Random | None = None,
     ) -> None:
         self._policy, self._open_pool = policy, open_pool
-        self._healthy, self._on_eject = healthy, on_eject
+        self._healthy, self._on_change = healthy, on_change
         self._draw = draw or random.Random()  # noqa: S311 - spreads load
         self._all: dict[Place, Endpoint] = {}
 
@@ -117,21 +119,40 @@ class Balancer:
     def failed(self, endpoint: Endpoint, cause: Cause | None = None) -> None:
         """Book a failure; `cause` is None for an answer of 5xx."""
         endpoint.failures += 1
-        if not self._policy.eject or endpoint.ejected or endpoint.place not in self._all:
-            return
-        if endpoint.failures < self._policy.failures and cause not in AT_ONCE:
+        if endpoint.failures >= self._policy.failures or cause in AT_ONCE:
+            self._eject(endpoint)
+
+    def suspect(self, endpoint: Endpoint) -> None:
+        """An answer is late: ask for /health now, and eject the endpoint if that is not answered."""
+        if self._policy.eject and not endpoint.looking and self._known(endpoint):
+            endpoint.looking = asyncio.create_task(self._check(endpoint))
+
+    def _known(self, endpoint: Endpoint) -> bool:
+        return self._all.get(endpoint.place) is endpoint
+
+    def _eject(self, endpoint: Endpoint) -> None:
+        if not self._policy.eject or endpoint.ejected or not self._known(endpoint):
             return
         endpoint.ejected = True
         endpoint.pool.close()
-        self._on_eject(endpoint.place.pod)
+        if endpoint.looking:
+            endpoint.looking.cancel()
         endpoint.looking = asyncio.create_task(self._look(endpoint))
+        self._on_change(endpoint)
+
+    async def _check(self, endpoint: Endpoint) -> None:
+        healthy = await self._healthy(endpoint)
+        endpoint.looking = None
+        if not healthy:
+            self._eject(endpoint)
 
     async def _look(self, endpoint: Endpoint) -> None:
         while endpoint.ejected:
             endpoint.wait = min(max(self._policy.base, endpoint.wait * 2), self._policy.most)
             await asyncio.sleep(endpoint.wait)
             if await self._healthy(endpoint):
-                endpoint.ejected, endpoint.failures = False, 0
+                endpoint.ejected, endpoint.failures, endpoint.looking = False, 0, None
+                self._on_change(endpoint)
 
 
 def places(slices: Iterable[Obj]) -> list[Place]:

@@ -3,8 +3,10 @@
 Endpoints come from the Service's EndpointSlices through the Kubernetes API, and are kept when it cannot be reached.
 A request that fails before its first byte is retried once on another endpoint (bounded by a retry budget); an
 answer that breaks later breaks the client's answer too: it is never ended as if it were whole. Failing endpoints
-are ejected (`balancer`). SIGTERM: /healthz answers 503 for `--drain-seconds`, then the port closes, what is in
-flight is finished, and the process ends with 0.
+are ejected (`balancer`), and what still waits for a first byte from them goes elsewhere.
+
+SIGTERM: /healthz answers 503 for `--drain-seconds`, then the port closes, what is in flight is finished, and the
+process ends with 0.
 
 A stream's headers are held back until its first token is there, so that a retry is still possible.
 """
@@ -46,6 +48,8 @@ class Config:
     name: str
     connect_timeout: float
     first_byte_timeout: float
+    suspect_after: float  # seconds without a first byte, then the engine is asked for /health
+    health_timeout: float
     token_timeout: float  # what a whole (unstreamed) answer may take per token on top
     stall_timeout: float
     retry: bool
@@ -92,7 +96,7 @@ class Gateway:
         self._config = config
         self.numbers = Numbers()
         self._budget = Budget()
-        self.balancer = Balancer(config.policy, self._pool, self._healthy, self._ejected)
+        self.balancer = Balancer(config.policy, self._pool, self._healthy, self._changed)
         self._draining = False
         self._running = 0
         self._idle = asyncio.Event()
@@ -133,22 +137,28 @@ class Gateway:
             idle_seconds=self._config.keep_alive,
         )
 
-    def _ejected(self, pod: str) -> None:
-        say(f"ejected {pod}")
+    def _changed(self, endpoint: Endpoint) -> None:
+        pod = endpoint.place.pod
+        say(f"{'ejected' if endpoint.ejected else 'readmitted'} {pod}")
+        if not endpoint.ejected:
+            return
         self.numbers.ejections.of(pod).inc()
+        for connection in list(endpoint.waiting):
+            if self._config.retry and self._spend():
+                connection.break_off("ejected")
 
     async def _healthy(self, endpoint: Endpoint) -> bool:
-        place = endpoint.place
-        look = Call(b"GET /health HTTP/1.1\r\n", b"", self._config.connect_timeout)
         try:
-            connection, exchange = await self._open(endpoint, look, fresh=True)
-        except Broken:
+            connection = await endpoint.pool.take(fresh=True)
+            exchange = connection.send(Call(b"GET /health HTTP/1.1\r\n", b"", 0).to(endpoint.place))
+            try:
+                async with asyncio.timeout(self._config.health_timeout):
+                    await exchange.done
+            finally:
+                connection.close()
+        except (Broken, TimeoutError):
             return False
-        connection.close()
-        if exchange.status != 200:
-            return False
-        say(f"readmitted {place.pod}")
-        return True
+        return exchange.status == 200
 
     async def _proxy(self, request: web.Request) -> web.StreamResponse:
         loop = asyncio.get_running_loop()
@@ -171,25 +181,26 @@ class Gateway:
     async def _answer(self, request: web.Request, call: Call, began: float) -> tuple[web.StreamResponse, str, str]:
         """Try, and once more if that is allowed. Returns the response with its code and zone for the metrics."""
         tried: list[Endpoint] = []
-        trouble = "no engine is ready"
-        code = 503
+        trouble, code = "no engine is ready", 503
         while endpoint := self.balancer.pick(tried):
             endpoint.in_flight += 1
             try:
-                connection, exchange = await self._attempt(endpoint, call)
-                if exchange.status >= 500:
+                connection, exchange = await self._attempt(endpoint, call, last=bool(tried))
+                if exchange.status < 500:
+                    self.balancer.succeeded(endpoint)
+                else:
                     self.balancer.failed(endpoint)
                     if self._may_retry([*tried, endpoint]):
                         connection.break_off("given_up")
                         tried.append(endpoint)
                         continue
-                else:
-                    self.balancer.succeeded(endpoint)
                 self.numbers.ttft.observe(asyncio.get_running_loop().time() - began)
                 return await self._forward(request, endpoint, connection, exchange)
             except Broken as broken:
-                self.balancer.failed(endpoint, broken.cause)
                 tried.append(endpoint)
+                if broken.cause == "ejected":  # not this request's fault, and its retry is paid for
+                    continue
+                self.balancer.failed(endpoint, broken.cause)
                 trouble, code = (
                     f"engine {endpoint.place.pod}: {broken.cause}",
                     504 if "timeout" in broken.cause else 502,
@@ -202,33 +213,43 @@ class Gateway:
         return self._refusal(code, trouble, last), str(code), (last.zone or "none") if last else "none"
 
     def _may_retry(self, tried: Sequence[Endpoint]) -> bool:
-        if not self._config.retry or len(tried) > 1 or not self._budget.spend():
+        return self._config.retry and len(tried) == 1 and self.balancer.pick(tried) is not None and self._spend()
+
+    def _spend(self) -> bool:
+        if not self._budget.spend():
             return False
         self.numbers.retries.inc()
         return True
 
-    async def _attempt(self, endpoint: Endpoint, call: Call) -> tuple[Connection, Exchange]:
+    async def _attempt(self, endpoint: Endpoint, call: Call, *, last: bool) -> tuple[Connection, Exchange]:
+        """Send a request; returns when the first byte of the answer's body is there. Raises Broken."""
+        connection = await endpoint.pool.take()
         try:
-            return await self._open(endpoint, call, fresh=False)
+            return connection, await self._first_byte(endpoint, connection, call, last=last)
         except Broken as broken:
             if not (broken.stale and self._config.retry):
                 raise
-        return await self._open(endpoint, call, fresh=True)
+        connection = await endpoint.pool.take(fresh=True)
+        return connection, await self._first_byte(endpoint, connection, call, last=last)
 
-    async def _open(self, endpoint: Endpoint, call: Call, *, fresh: bool) -> tuple[Connection, Exchange]:
-        """Send a request; returns when the first byte of the answer's body is there. Raises Broken."""
-        connection = await endpoint.pool.take(fresh=fresh)
+    async def _first_byte(self, endpoint: Endpoint, connection: Connection, call: Call, *, last: bool) -> Exchange:
         exchange = connection.send(call.to(endpoint.place))
+        if not last:
+            endpoint.waiting.add(connection)
         try:
-            async with asyncio.timeout(call.patience):
-                await exchange.first
-        except TimeoutError:
-            connection.break_off("first_byte_timeout")
-            raise Broken("first_byte_timeout") from None
+            await asyncio.wait((exchange.first,), timeout=min(call.patience, self._config.suspect_after))
+            if not exchange.first.done():
+                self.balancer.suspect(endpoint)
+                await asyncio.wait((exchange.first,), timeout=call.patience - self._config.suspect_after)
+            if not exchange.first.done():
+                connection.break_off("first_byte_timeout")
+            exchange.first.result()
         except asyncio.CancelledError:
             connection.break_off("given_up")
             raise
-        return connection, exchange
+        finally:
+            endpoint.waiting.discard(connection)
+        return exchange
 
     async def _forward(
         self, request: web.Request, endpoint: Endpoint, connection: Connection, exchange: Exchange
@@ -379,6 +400,10 @@ def _config(argv: Sequence[str]) -> Config:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--connect-timeout", type=float, default=0.3, help="seconds")
     parser.add_argument("--first-byte-timeout", type=float, default=1.0, help="seconds until a stream's first token")
+    parser.add_argument(
+        "--suspect-after", type=float, default=0.3, help="seconds, then the engine is asked for /health"
+    )
+    parser.add_argument("--health-timeout", type=float, default=0.5, help="seconds for that, and for re-admission")
     parser.add_argument("--token-timeout", type=float, default=0.1, help="more seconds per token of a whole answer")
     parser.add_argument("--stall-timeout", type=float, default=2.0, help="seconds without a byte inside an answer")
     parser.add_argument("--no-retry", action="store_true")
@@ -400,6 +425,8 @@ def _config(argv: Sequence[str]) -> Config:
         name=os.environ.get("HOSTNAME", "gateway"),
         connect_timeout=args.connect_timeout,
         first_byte_timeout=args.first_byte_timeout,
+        suspect_after=args.suspect_after,
+        health_timeout=args.health_timeout,
         token_timeout=args.token_timeout,
         stall_timeout=args.stall_timeout,
         retry=not args.no_retry,

@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Literal, cast
 
-Cause = Literal["refused", "connect_timeout", "reset", "closed", "first_byte_timeout", "stall", "protocol", "given_up"]
+Cause = Literal[
+    "refused", "connect_timeout", "reset", "closed", "first_byte_timeout", "stall", "protocol", "given_up", "ejected"
+]
 HEAD_LIMIT = 64 << 10
 
 

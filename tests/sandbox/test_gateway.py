@@ -184,6 +184,49 @@ def test_a_paused_engine_is_ejected_and_comes_back(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_what_waits_for_an_unreachable_engine_goes_elsewhere_long_before_its_timeout(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with AsyncExitStack() as stack:
+            engines, endpoints = await _engines(stack, 2)
+            _, front, session = await _front(
+                stack, tmp_path, endpoints, "--first-byte-timeout", "30", "--eject-seconds", "60"
+            )
+            await asyncio.gather(*(stream(session, front.url) for _ in range(8)))  # connections to be reused
+            engines[0].kill(signal.SIGSTOP)
+            began = asyncio.get_running_loop().time()
+            answers = await asyncio.gather(*(stream(session, front.url, max_tokens=1) for _ in range(8)))
+            assert all(answer.done and answer.served_by == "engine-1" for answer in answers)
+            assert asyncio.get_running_loop().time() - began < 2.0
+            assert await _metric(session, front, "gateway_ejections_total", pod="engine-0") == 1
+            assert await _metric(session, front, "gateway_retries_total") == 4
+
+    asyncio.run(story())
+
+
+def test_a_slow_engine_that_is_healthy_is_waited_for(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with AsyncExitStack() as stack:
+            _, endpoints = await _engines(stack, 1, "--prefill-ms", "900")
+            _, front, session = await _front(stack, tmp_path, endpoints, "--first-byte-timeout", "5")
+            assert (await stream(session, front.url, max_tokens=1)).done
+            assert await _metric(session, front, "gateway_ejections_total") == 0
+            assert await _metric(session, front, "gateway_retries_total") == 0
+
+    asyncio.run(story())
+
+
+def test_the_only_engine_s_own_error_is_passed_on(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with AsyncExitStack() as stack:
+            bad = endpoint(await stack.enter_async_context(bad_server(answers_500)), "bad", "b")
+            _, front, session = await _front(stack, tmp_path, [bad])
+            async with session.post(front.url + "/v1/chat/completions", json=ask()) as answer:
+                assert answer.status == 500 and await answer.text() == "oops"
+                assert answer.headers["x-served-by"] == "bad"
+
+    asyncio.run(story())
+
+
 def test_all_ejected_means_all_are_used(tmp_path: Path) -> None:
     async def story() -> None:
         async with AsyncExitStack() as stack:
