@@ -9,13 +9,13 @@ import base64
 import secrets
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
 
-from sandbox.apiserver import conversion, defaults, errors, patch, strategy, validation
+from sandbox.apiserver import conversion, crds, defaults, errors, patch, strategy, types, validation
 from sandbox.apiserver.authn import MASTER, Identity
 from sandbox.apiserver.crds import CustomTypes
 from sandbox.apiserver.resources import Registry, Resource
@@ -35,6 +35,8 @@ class Write:
 
     user: Identity = MASTER
     dry_run: bool = False
+    validation: str = "Warn"  # of unknown fields: Ignore, Warn or Strict
+    warnings: list[str] = field(default_factory=list)  # for the client, filled by the write
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,9 @@ class Query:
 
 
 ALL = Query()
+BY_MASTER = Write()
+_DROP_EMPTY = ("labels", "annotations", "finalizers", "ownerReferences", "generateName", "uid", "resourceVersion",
+               "namespace", "creationTimestamp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +153,7 @@ class Core:
     # -- writing
 
     def create(self, res: Resource, namespace: str, body: Obj, write: Write) -> Stored:
-        obj = self._received(res, namespace, body)
+        obj = self._received(res, namespace, body, write)
         meta = obj["metadata"]
         if res.namespaced:
             self._check_namespace(res, namespace, meta)
@@ -162,20 +167,20 @@ class Core:
         meta["creationTimestamp"] = now()
         strategy.before_create(self, res, obj, write.user)
         defaults.apply(res, obj, self)
-        validation.check_create(res, obj)
+        validation.check_create(res, obj, self._check_kind(res, obj))
         strategy.admit_create(self, res, obj, write.user)
         if self.store.get(res.key, namespace, meta["name"]) is not None:
             raise errors.already_exists(res.group, res.plural, meta["name"])
         obj = _ordered(obj)
         if write.dry_run:
             return Stored(obj, orjson.dumps(obj), 0)
-        stored = self.store.put(res.key, obj)
-        return self.store.get(res.key, namespace, meta["name"]) or stored
+        return self.store.put(res.key, obj)
 
-    def _received(self, res: Resource, namespace: str, body: Obj) -> Obj:
-        """The body in the form in which it is stored, its namespace settled."""
-        obj = conversion.to_storage(res, dict(body))
-        meta = dict(obj.get("metadata") or {})
+    def _received(self, res: Resource, namespace: str, body: Obj, write: Write) -> Obj:
+        """The body in the form in which it is stored: types checked, unknown fields dropped, its namespace settled."""
+        obj = conversion.to_storage(res, self._decode(res, body, write))
+        meta = {key: value for key, value in (obj.get("metadata") or {}).items() if value or key not in _DROP_EMPTY}
+        meta.pop("managedFields", None)
         if res.namespaced:
             if meta.setdefault("namespace", namespace) != namespace:
                 raise errors.bad_request(
@@ -184,6 +189,27 @@ class Core:
         elif meta.pop("namespace", None):
             raise errors.bad_request("namespace may not be set on a cluster-scoped object")
         obj["metadata"] = meta
+        return obj
+
+    def _decode(self, res: Resource, body: Obj, write: Write) -> Obj:
+        body = {**body, "kind": res.kind, "apiVersion": res.api_version}
+        if res.custom is None:
+            obj, unknown = types.decode(res.api_version, res.kind, body)
+        else:
+            obj, unknown = self.custom.decode(res, body)
+            meta, more = types.decode_meta(res.version, res.kind, obj.get("metadata") or {})
+            obj, unknown = {**obj, "metadata": meta}, [*more, *unknown]
+        if unknown and write.validation == "Strict":
+            listed = ", ".join(f'unknown field "{entry}"' for entry in unknown)
+            if res.custom is None:
+                listed = f'{res.kind} in version "{res.version}" cannot be handled as a {res.kind}: ' + (
+                    f"strict decoding error: {listed}"
+                )
+            else:
+                listed = f"strict decoding error: {listed}"
+            raise errors.bad_request(listed)
+        if write.validation != "Ignore":
+            write.warnings.extend(f'unknown field "{entry}"' for entry in unknown)
         return obj
 
     def _check_namespace(self, res: Resource, namespace: str, meta: Obj) -> None:
@@ -213,11 +239,15 @@ class Core:
             if not sub and strategy.creates_on_update(res):
                 return self.create(res, namespace, body, write)
             raise errors.not_found(res.group, res.plural, name)
-        new = self._received(res, namespace, body)
+        new = self._received(res, namespace, body, write)
         meta = new["metadata"]
-        if meta.get("name") != name:
+        if not meta.get("name"):
             raise errors.bad_request(
-                f"the name of the object ({meta.get('name', '')}) does not match the name on the URL ({name})"
+                f"the name of the object ({name} based on URL) was undeterminable: name must be provided"
+            )
+        if meta["name"] != name:
+            raise errors.bad_request(
+                f"the name of the object ({meta['name']}) does not match the name on the URL ({name})"
             )
         version = meta.get("resourceVersion")
         if not version and strategy.needs_version(res):
@@ -260,7 +290,7 @@ class Core:
         meta["resourceVersion"] = before["resourceVersion"]
         new = strategy.before_update(self, res, new, old.obj, sub)
         defaults.apply(res, new, self)
-        validation.check_update(res, new, old.obj, sub)
+        validation.check_update(res, new, old.obj, sub, self._check_kind(res, new))
         strategy.admit_update(self, res, new, old.obj, write.user, sub)
         new = _ordered(new)
         if new == old.obj:
@@ -272,6 +302,11 @@ class Core:
             return self.store.remove(res.key, new)
         return self.store.put(res.key, new)
 
+    def _check_kind(self, res: Resource, obj: Obj) -> list[errors.Cause]:
+        if res.custom is not None:
+            return self.custom.check(res, obj)
+        return crds.check_crd(obj) if res.key == crds.KEY else []
+
     def _is_finished(self, res: Resource, obj: Obj) -> bool:
         """A deletion that only waited for finalizers, and has none left."""
         meta = obj["metadata"]
@@ -281,7 +316,9 @@ class Core:
 
     # -- deleting
 
-    def delete(self, res: Resource, namespace: str, name: str, options: Obj, write: Write) -> tuple[Stored, bool]:
+    def delete(
+        self, res: Resource, namespace: str, name: str, options: Obj, write: Write = BY_MASTER
+    ) -> tuple[Stored, bool]:
         """Delete or begin to; returns the last state and whether the object is gone."""
         old = self.get(res, namespace, name)
         self._check_preconditions(res, old, options.get("preconditions") or {})
@@ -301,7 +338,7 @@ class Core:
             meta["deletionGracePeriodSeconds"] = grace
         if not started and "generation" in meta:
             meta["generation"] += 1
-        strategy.on_delete(res, obj)
+        strategy.on_delete(self, res, obj)
         return self._keep(res, old, obj, write), False
 
     @staticmethod

@@ -21,6 +21,10 @@ class Cause:
         return {"reason": self.reason, "message": self.message, "field": self.field}
 
 
+class Bare(ApiError):
+    """An error whose `details` are there, but empty, as those of the generic handlers are."""
+
+
 def status_body(error: ApiError) -> Obj:
     """The Status object of an error."""
     body: Obj = {
@@ -32,7 +36,7 @@ def status_body(error: ApiError) -> Obj:
     }
     if error.reason:
         body["reason"] = error.reason
-    if error.details:
+    if error.details or isinstance(error, Bare):
         body["details"] = error.details
     body["code"] = error.code
     return body
@@ -58,7 +62,7 @@ def not_found(group: str, plural: str, name: str) -> ApiError:
 
 
 def no_such_path() -> ApiError:
-    return ApiError(404, "NotFound", "the server could not find the requested resource")
+    return Bare(404, "NotFound", "the server could not find the requested resource")
 
 
 def already_exists(group: str, plural: str, name: str) -> ApiError:
@@ -101,9 +105,7 @@ def expired(message: str) -> ApiError:
 
 
 def method_not_allowed() -> ApiError:
-    return ApiError(
-        405, "MethodNotAllowed", "the server does not allow this method on the requested resource"
-    )
+    return Bare(405, "MethodNotAllowed", "the server does not allow this method on the requested resource")
 
 
 def unauthorized() -> ApiError:

@@ -6,15 +6,27 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
 import orjson
-import yaml
 from aiohttp import web
 
-from sandbox.apiserver import conversion, discovery, errors, logs, patch, rbac, reviews, subresources, tables
+from sandbox.apiserver import (
+    conversion,
+    discovery,
+    errors,
+    logs,
+    media,
+    params,
+    patch,
+    paths,
+    rbac,
+    reviews,
+    subresources,
+    tables,
+)
 from sandbox.apiserver.authn import ANONYMOUS, Identity, Tokens, service_account
 from sandbox.apiserver.core import Core, Event, Page, Query, Write
 from sandbox.apiserver.resources import REVIEWS, Resource
@@ -26,7 +38,6 @@ log = logging.getLogger(__name__)
 JSON = "application/json"
 BOOKMARK_SECONDS = 30.0
 WATCH_SECONDS = 1800.0  # the real server ends watches after 30 to 60 minutes
-MAX_BODY = 3 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +67,17 @@ class Handler:
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         user = self._identify(request)
-        target = self._resolve(request.path)
-        if target is None:
+        address = paths.parse(request.path)
+        if address is None:
             return self._plain(request, user)
-        verb = _verb(request, target)
-        self._rules.check(user, verb, target.res, target.namespace, target.name, target.sub)
+        verb = paths.verb(request.method, address, watch=_flag(request.query, "watch"))
+        space = address.namespace or ""
+        if address.plural == "namespaces" and not address.group:
+            space = address.name
+        self._rules.check(user, rbac.Ask(verb, address.group, address.plural, space, address.name, address.sub))
+        target = self._target(address, verb)
+        params.check(request.query)
+        media.check_accept(request)
         match verb:
             case "get":
                 return await self._get(request, target)
@@ -88,7 +105,7 @@ class Handler:
         groups = tuple(request.headers.getall("Impersonate-Group", ()))
         if name is None:
             if groups:
-                raise errors.bad_request("requested [] but did not specify a user")
+                raise errors.bad_request("requested groups without impersonating a user")
             return user
         self._rules.check_impersonation(user, name, groups)
         parts = name.split(":")
@@ -98,25 +115,26 @@ class Handler:
             return ANONYMOUS
         return Identity(name, groups).authenticated
 
-    def _resolve(self, path: str) -> Target | None:
-        parts = [part for part in path.split("/") if part]
-        if len(parts) >= 3 and parts[0] == "api":
-            group, version, rest = "", parts[1], parts[2:]
-        elif len(parts) >= 4 and parts[0] == "apis":
-            group, version, rest = parts[1], parts[2], parts[3:]
-        else:
-            return None
-        namespace = None
-        if len(rest) >= 3 and rest[0] == "namespaces" and not (group == "" and rest[2] in ("status", "finalize")):
-            namespace, rest = rest[1], rest[2:]
-        res = self._core.registry.find(group, version, rest[0])
-        if res is None or (namespace is not None and not res.namespaced) or len(rest) > 3:
-            return None
-        name = rest[1] if len(rest) > 1 else ""
-        sub = rest[2] if len(rest) > 2 else ""
-        if (name and res.namespaced and namespace is None) or (sub and sub not in res.subs):
-            return None
-        return Target(res, namespace if res.namespaced else ("" if name else None), name, sub)
+    def _target(self, address: paths.Address, verb: str) -> Target:
+        """What is served there. Raises ApiError(404 or 405)."""
+        res = self._core.registry.find(address.group, address.version, address.plural)
+        missing = errors.no_such_path() if self._core.registry.is_builtin(address.group) else NoSuchPage()
+        if res is None or (address.namespace is not None and not res.namespaced):
+            raise missing
+        if address.sub and address.sub not in res.subs:
+            if res.custom is not None:
+                raise errors.not_found(res.group, res.plural, address.name)
+            raise missing
+        nowhere = res.namespaced and address.namespace is None
+        if nowhere and address.name:
+            raise missing
+        if nowhere and verb == "create" and res.key not in REVIEWS:
+            raise missing if res.custom else errors.method_not_allowed()
+        if verb not in res.verbs and not address.sub:
+            raise errors.method_not_allowed()
+        if res.namespaced:
+            return Target(res, address.namespace, address.name, address.sub)
+        return Target(res, "" if address.name else None, address.name, address.sub)
 
     def _plain(self, request: web.BaseRequest, user: Identity) -> web.StreamResponse:
         """What is no resource: discovery, health, OpenAPI."""
@@ -125,7 +143,7 @@ class Handler:
             raise errors.no_such_path()
         found = self._discovery.answer(request.path, request.headers.get("Accept", ""))
         if found is None:
-            return web.Response(status=404, text="404 page not found\n", content_type="text/plain")
+            raise NoSuchPage()
         return web.Response(status=found.status, body=found.body, headers={"Content-Type": found.media_type})
 
     # -- reading
@@ -140,11 +158,23 @@ class Handler:
             return _json(subresources.scale_of(target.res, stored.obj))
         return self._one(request, target.res, stored)
 
-    def _one(self, request: web.BaseRequest, res: Resource, stored: Stored, status: int = 200) -> web.Response:
-        if wanted := _as_table(request):
-            page = Page([stored], stored.version)
-            return _json(tables.render(res, page, wanted, request.query.get("includeObject", "Metadata")), status)
-        return _raw(_served(res, stored), status)
+    def _one(
+        self, request: web.BaseRequest, res: Resource, stored: Stored, status: int = 200, write: Write | None = None
+    ) -> web.Response:
+        form = media.form(request)
+        match form.kind:
+            case "Table":
+                page = Page([stored], stored.version)
+                answer = _json(tables.render(res, page, form.version, _include(request)), status)
+            case "PartialObjectMetadata":
+                answer = _json(tables.partial(stored.obj), status)
+            case _ if form.yaml:
+                answer = media.yaml_answer(conversion.from_storage(res, stored.obj), status)
+            case _:
+                answer = _raw(_served(res, stored), status)
+        if write is not None and write.warnings:
+            answer.headers["Warning"] = ", ".join(media.warning(text) for text in write.warnings)
+        return answer
 
     def _query(self, request: web.BaseRequest, target: Target) -> Query:
         res = target.res
@@ -157,19 +187,33 @@ class Handler:
     def _list(self, request: web.BaseRequest, target: Target) -> web.Response:
         res, query = target.res, self._query(request, target)
         limit, cont = _int(request.query, "limit") or 0, request.query.get("continue", "")
-        self._check_list_version(request)
+        self._check_list_version(request, cont)
         page = self._core.page(res, target.namespace, query, limit, cont)
-        if wanted := _as_table(request):
-            return _json(tables.render(res, page, wanted, request.query.get("includeObject", "Metadata")))
-        return _raw(_encode_list(res, page))
+        form = media.form(request)
+        match form.kind:
+            case "Table":
+                return _json(tables.render(res, page, form.version, _include(request)))
+            case "PartialObjectMetadataList":
+                return _json(tables.partial_list(page))
+            case _ if form.yaml:
+                return media.yaml_answer(orjson.loads(_encode_list(res, page)))
+            case _:
+                return _raw(_encode_list(res, page))
 
-    def _check_list_version(self, request: web.BaseRequest) -> None:
-        version = request.query.get("resourceVersion", "")
+    def _check_list_version(self, request: web.BaseRequest, cont: str = "") -> None:
+        version, match = request.query.get("resourceVersion", ""), request.query.get("resourceVersionMatch", "")
+        current = self._core.store.version
         if version and not version.isdigit():
-            raise errors.bad_request(f'resourceVersion: Invalid value: "{version}": strconv.ParseUint: parsing '
-                                     f'"{version}": invalid syntax')
-        if version and int(version) > self._core.store.version:
-            raise _too_large(int(version), self._core.store.version)
+            raise errors.bad_request(
+                f'resourceVersion: Invalid value: "{version}": strconv.ParseUint: parsing "{version}": invalid syntax'
+            )
+        if match and not version and not _flag(request.query, "watch"):
+            raise params.invalid_options("ListOptions", "resourceVersionMatch", "Forbidden: resourceVersionMatch is "
+                                         "forbidden unless resourceVersion is provided", "FieldValueForbidden")
+        if version and int(version) > current:
+            raise _too_large(int(version), current)
+        if match == "Exact" and int(version) != current:
+            raise errors.expired(f"The resourceVersion for the provided list is too old: {version} ({current})")
 
     async def _watch(self, request: web.BaseRequest, target: Target) -> web.StreamResponse:
         res, query = target.res, self._query(request, target)
@@ -179,7 +223,8 @@ class Handler:
         response = web.StreamResponse(headers={"Content-Type": JSON})
         response.enable_chunked_encoding()
         await response.prepare(request)
-        encode = _EventEncoder(res, _as_table(request), request.query.get("includeObject", "Metadata"))
+        form = media.form(request)
+        encode = _EventEncoder(res, form, _include(request))
         initial = version in ("", "0")
         since = self._core.store.version if initial else int(version)
         stream = _Stream(response, encode, res, self._core, bookmarks=_flag(request.query, "allowWatchBookmarks"))
@@ -205,44 +250,49 @@ class Handler:
     async def _write(
         self, request: web.BaseRequest, target: Target, verb: str, user: Identity
     ) -> web.StreamResponse:
-        write = Write(user, dry_run=_dry_run(request.query))
         core, res, space, name, sub = self._core, target.res, target.space, target.name, target.sub
-        media = request.content_type
-        body = await _body(request, optional=verb.startswith("delete"))
-        match verb:
-            case "create" if sub:
-                return _json(self._post(target, body, write), 201)
-            case "create" if res.key in REVIEWS:
-                return _json(reviews.answer(res, body, user, self._tokens, self._rules, target.space), 201)
-            case "create":
-                _check_kind(res, body)
-                return self._one(request, res, core.create(res, space, body, write), 201)
-            case "update" if sub == "scale":
-                return _json(subresources.set_scale(core, res, space, name, body, write))
-            case "update":
-                _check_kind(res, body)
-                return self._one(request, res, core.update(res, space, name, body, write, sub))
-            case "patch":
-                return self._patch(request, target, media, body, write)
-            case "delete":
-                stored, gone = core.delete(res, space, name, {**body, **_delete_params(request.query)}, write)
-                return self._deleted(request, res, stored, gone)
-            case _:
-                query = self._query(request, target)
-                options = {**body, **_delete_params(request.query)}
-                found = core.delete_all(res, target.namespace, query, options, write)
-                return _raw(_encode_list(res, Page(found, core.store.version)))
+        options = params.write_options(request.query, verb)
+        write = Write(user, dry_run=options.dry_run, validation=options.validation)
+        if verb == "patch":
+            return await self._patch(request, target, write)
+        if verb.startswith("delete"):
+            return await self._delete(request, target, verb, write)
+        body = await media.body(request, res.kind)
+        if verb == "create" and sub:
+            return _json(self._post(target, body, write), 201)
+        if verb == "create" and res.key in REVIEWS:
+            return _json(reviews.answer(res, body, user, self._tokens, self._rules, space), 201)
+        if sub == "scale":
+            return _json(subresources.set_scale(core, res, space, name, body, write))
+        media.check_kind(core.registry, res, body)
+        if verb == "create":
+            return self._one(request, res, core.create(res, space, body, write), 201, write)
+        return self._one(request, res, core.update(res, space, name, body, write, sub), 200, write)
 
-    def _patch(
-        self, request: web.BaseRequest, target: Target, media: str, body: Any, write: Write
-    ) -> web.StreamResponse:
+    async def _patch(self, request: web.BaseRequest, target: Target, write: Write) -> web.StreamResponse:
         core, res, space, name, sub = self._core, target.res, target.space, target.name, target.sub
-        kind = patch.CONTENT_TYPES.get(media)
+        kind = patch.CONTENT_TYPES.get(request.content_type)
         if kind is None:
-            raise _unsupported_media(list(patch.CONTENT_TYPES))
+            raise media.unsupported_patch(request.content_type)
+        body = await media.body(request, res.kind, patch=True)
         if sub == "scale":
             return _json(subresources.patch_scale(core, res, space, name, kind, body, write))
-        return self._one(request, res, core.patch(res, space, name, kind, body, write, sub))
+        return self._one(request, res, core.patch(res, space, name, kind, body, write, sub), 200, write)
+
+    async def _delete(self, request: web.BaseRequest, target: Target, verb: str, write: Write) -> web.StreamResponse:
+        core, res = self._core, target.res
+        body = await media.body(request, "DeleteOptions", optional=True)
+        if not isinstance(body, dict):
+            raise errors.bad_request("DeleteOptions must be an object")
+        options = {**body, **params.delete_options(request.query)}
+        if body.get("dryRun"):
+            write = replace(write, dry_run=True)
+        params.check_propagation(options)
+        if verb == "delete":
+            stored, gone = core.delete(res, target.space, target.name, options, write)
+            return self._deleted(request, res, stored, gone)
+        found = core.delete_all(res, target.namespace, self._query(request, target), options, write)
+        return _raw(_encode_list(res, Page(found, core.store.version)))
 
     def _post(self, target: Target, body: Obj, write: Write) -> Obj:
         core, res, space, name = self._core, target.res, target.space, target.name
@@ -270,16 +320,18 @@ _RETURN_DELETED = frozenset({"pods", "services", "serviceaccounts", "persistentv
 
 
 class _EventEncoder:
-    def __init__(self, res: Resource, table: str, include: str) -> None:
-        self._res, self._table, self._include = res, table, include
+    def __init__(self, res: Resource, form: media.Form, include: str) -> None:
+        self._res, self._form, self._include = res, form, include
         self._first = True
 
     def __call__(self, type: str, stored: Stored) -> bytes:
-        if self._table:
+        if self._form.kind == "Table":
             page = Page([stored], stored.version)
-            obj = tables.render(self._res, page, self._table, self._include, columns=self._first)
+            obj = tables.render(self._res, page, self._form.version, self._include, columns=self._first)
             self._first = False
             return orjson.dumps({"type": type, "object": obj}) + b"\n"
+        if self._form.kind == "PartialObjectMetadata":
+            return orjson.dumps({"type": type, "object": tables.partial(stored.obj)}) + b"\n"
         return b'{"type":"' + type.encode() + b'","object":' + _served(self._res, stored) + b"}\n"
 
 
@@ -334,7 +386,16 @@ class _Stream:
 # -- small things of HTTP
 
 
+class NoSuchPage(ApiError):
+    """404 in plain text: not even the API's own error, but the HTTP server's."""
+
+    def __init__(self) -> None:
+        super().__init__(404, "", "404 page not found")
+
+
 def failure(error: ApiError) -> web.Response:
+    if isinstance(error, NoSuchPage):
+        return web.Response(status=404, text=f"{error}\n", headers={"Content-Type": "text/plain; charset=utf-8"})
     headers = {"Content-Type": JSON}
     if retry := error.details.get("retryAfterSeconds"):
         headers["Retry-After"] = str(retry)
@@ -375,24 +436,6 @@ def _item(res: Resource, stored: Stored) -> bytes:
     return b"{" + raw[len(prefix):] if raw.startswith(prefix) else raw
 
 
-def _verb(request: web.BaseRequest, target: Target) -> str:
-    match request.method:
-        case "GET" | "HEAD":
-            if _flag(request.query, "watch"):
-                return "watch"
-            return "get" if target.name else "list"
-        case "POST":
-            return "create"
-        case "PUT" if target.name:
-            return "update"
-        case "PATCH" if target.name:
-            return "patch"
-        case "DELETE":
-            return "delete" if target.name else "deletecollection"
-        case _:
-            raise errors.method_not_allowed()
-
-
 def _flag(query: Mapping[str, str], name: str) -> bool:
     return query.get(name, "").lower() in ("1", "true", "t")
 
@@ -402,70 +445,12 @@ def _int(query: Mapping[str, str], name: str) -> int | None:
     if not value:
         return None
     if not value.lstrip("-").isdigit():
-        raise errors.bad_request(f'{name}: Invalid value: "{value}": strconv.ParseInt: parsing "{value}": invalid syntax')
+        raise errors.bad_request(f'strconv.ParseInt: parsing "{value}": invalid syntax')
     return int(value)
 
 
-def _dry_run(query: Mapping[str, str]) -> bool:
-    value = query.get("dryRun")
-    if value not in (None, "All"):
-        cause = errors.Cause("FieldValueNotSupported", f'Unsupported value: "{value}": supported values: "All"',
-                             "dryRun")
-        raise errors.invalid("meta.k8s.io", "CreateOptions", "", [cause])
-    return value == "All"
-
-
-def _delete_params(query: Mapping[str, str]) -> Obj:
-    options: Obj = {}
-    if (grace := _int(query, "gracePeriodSeconds")) is not None:
-        options["gracePeriodSeconds"] = grace
-    if policy := query.get("propagationPolicy"):
-        options["propagationPolicy"] = policy
-    return options
-
-
-def _unsupported_media(accepted: list[str]) -> ApiError:
-    text = (
-        "the body of the request was in an unknown format - accepted media types include: " + ", ".join(accepted)
-    )
-    return ApiError(415, "UnsupportedMediaType", text)
-
-
-async def _body(request: web.BaseRequest, *, optional: bool) -> Any:
-    raw = await request.read()
-    if not raw and optional:
-        return {}
-    if len(raw) > MAX_BODY:
-        raise ApiError(413, "RequestEntityTooLarge", f"limit is {MAX_BODY}")
-    if "yaml" in request.content_type:
-        return yaml.safe_load(raw)
-    if "json" not in request.content_type and request.content_type != "application/octet-stream":
-        raise _unsupported_media([JSON, "application/yaml"])
-    try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError as wrong:
-        raise errors.bad_request(f"couldn't get version/kind; json parse error: {wrong}") from wrong
-
-
-def _check_kind(res: Resource, body: Any) -> None:
-    if not isinstance(body, dict):
-        raise errors.bad_request("the body of the request is not an object")
-    if body.get("kind", res.kind) != res.kind or body.get("apiVersion", res.api_version) != res.api_version:
-        raise errors.bad_request(
-            f"the API version in the data ({body.get('apiVersion')}) does not match the expected API version "
-            f"({res.api_version})"
-        )
-
-
-def _as_table(request: web.BaseRequest) -> str:
-    """The version of Table that the client wants most, or ""."""
-    accept = request.headers.get("Accept", "")
-    if "as=Table" not in accept:
-        return ""
-    first = accept.split(",")[0]
-    if "as=Table" not in first:
-        return ""
-    return "v1beta1" if "v=v1beta1" in first else "v1"
+def _include(request: web.BaseRequest) -> str:
+    return request.query.get("includeObject", "Metadata")
 
 
 def _too_large(asked: int, have: int) -> ApiError:

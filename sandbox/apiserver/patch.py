@@ -262,6 +262,7 @@ def apply(kind: str, target: Obj, body: Json, *, custom: bool) -> Obj:
             415,
             "UnsupportedMediaType",
             "the body of the request was in an unknown format - accepted media types include: "
-            "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml",
+            "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml, "
+            "application/apply-patch+cbor",
         )
     return strategic(target, body) if kind == "strategic" else merge(target, body)  # type: ignore[no-any-return]

@@ -141,6 +141,9 @@ class Registry:
     def by_key(self, key: str) -> Resource | None:
         return next((res for res in self._all.values() if res.qualified == key), None)
 
+    def is_builtin(self, group: str) -> bool:
+        return any(res.group == group for res in BUILTIN)
+
     def groups(self) -> dict[str, list[str]]:
         """Group → versions, in the order of their preference."""
         groups: dict[str, list[str]] = {}

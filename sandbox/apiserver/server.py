@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -36,6 +35,7 @@ class ApiServer:
     @asynccontextmanager
     async def listening(self, sockets: Sequence[socket.socket], tls: TlsFiles) -> AsyncIterator[None]:
         """Serve HTTPS on sockets that are bound already, while the context lasts."""
+        bootstrap.root_certificate(self.core, tls.ca_pem)
         server = web.Server(Handler(self.core, self.tokens, self.rules), access_log=None, keepalive_timeout=300)
         runner = web.ServerRunner(server, shutdown_timeout=SHUTDOWN_SECONDS)
         await runner.setup()
@@ -46,7 +46,3 @@ class ApiServer:
             yield
         finally:
             await runner.cleanup()
-
-
-async def forever() -> None:
-    await asyncio.Event().wait()

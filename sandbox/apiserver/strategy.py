@@ -5,10 +5,12 @@ Also the admission that the sandbox needs: service accounts, priorities, tolerat
 
 from __future__ import annotations
 
+import base64
 from typing import TYPE_CHECKING, Any
 
 from sandbox.apiserver import errors, pods, services
 from sandbox.apiserver.authn import Identity
+from sandbox.apiserver.crds import KEY
 from sandbox.apiserver.resources import Resource
 from sandbox.client import Obj
 
@@ -50,6 +52,12 @@ _GENERATIONS = frozenset(
         "EndpointSlice",
     }
 )
+# Kinds whose rules look into `spec`: it is there, if empty, as a Go struct is.
+_WITH_SPEC = frozenset({
+    "Pod", "Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "Job", "CronJob", "Service", "PodDisruptionBudget",
+    "HorizontalPodAutoscaler", "Lease", "CustomResourceDefinition", "NetworkPolicy", "LimitRange", "ResourceQuota",
+    "PersistentVolumeClaim", "Node",
+})
 _CREATE_ON_UPDATE = frozenset(
     {
         "Lease",
@@ -82,6 +90,8 @@ def before_create(core: Core, res: Resource, obj: Obj, user: Identity) -> None:
         return
     if res.kind in _GENERATIONS:
         obj["metadata"]["generation"] = 1
+    if res.kind in _WITH_SPEC and not isinstance(obj.get("spec"), dict):
+        obj["spec"] = {}
     if res.kind in _INITIAL_STATUS:
         obj["status"] = dict(_INITIAL_STATUS[res.kind])
     match res.kind:
@@ -115,8 +125,6 @@ def _sub(obj: Obj, key: str) -> Obj:
 
 def _string_data(obj: Obj) -> None:
     """Secrets may be written in clear; they are stored in base64."""
-    import base64
-
     clear = obj.pop("stringData", None) if obj.get("kind") == "Secret" else None
     if clear:
         data = _sub(obj, "data")
@@ -155,13 +163,14 @@ def before_update(core: Core, res: Resource, new: Obj, old: Obj, sub: str) -> Ob
         return _status_update(res, new, old)
     if sub == "finalize":
         return {**old, "spec": {**old.get("spec", {}), "finalizers": (new.get("spec") or {}).get("finalizers") or []}}
+    if res.custom is None and res.kind in _WITH_SPEC and not isinstance(new.get("spec"), dict):
+        new["spec"] = {}
     keeps_status = "status" in res.subs
     if keeps_status:
         new.pop("status", None)
         if "status" in old:
             new["status"] = old["status"]
     if res.custom is not None:
-        core.custom.before_update(res, new)
         return new
     match res.kind:
         case "Namespace":
@@ -227,8 +236,10 @@ def admit_delete(res: Resource, obj: Obj) -> None:
         raise errors.forbidden("", "namespaces", name, "this namespace may not be deleted")
 
 
-def on_delete(res: Resource, obj: Obj) -> None:
+def on_delete(core: Core, res: Resource, obj: Obj) -> None:
     """A deletion begins and will take a while."""
+    if res.key == KEY:
+        core.custom.on_delete_crd(obj)
     if res.key == "namespaces":
         obj["status"] = {**(obj.get("status") or {}), "phase": "Terminating"}
         obj["metadata"].pop("deletionGracePeriodSeconds", None)

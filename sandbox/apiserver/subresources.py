@@ -39,8 +39,9 @@ def bind(core: Core, pods: Resource, namespace: str, name: str, body: Obj, write
     def assign(obj: Obj) -> None:
         obj["spec"]["nodeName"] = target
         conditions = [c for c in obj["status"].get("conditions") or [] if c["type"] != "PodScheduled"]
-        conditions.append({"type": "PodScheduled", "status": "True", "lastProbeTime": None,
-                           "lastTransitionTime": now()})
+        conditions.append(
+            {"type": "PodScheduled", "status": "True", "lastProbeTime": None, "lastTransitionTime": now()}
+        )
         obj["status"]["conditions"] = conditions
 
     if not write.dry_run:
@@ -75,7 +76,8 @@ def _budget(core: Core, pod: Obj) -> Stored | None:
             found.append(stored)
     if len(found) > 1:
         raise ApiError(
-            500, "InternalError",
+            500,
+            "InternalError",
             "This pod has more than one PodDisruptionBudget, which the eviction subresource does not support.",
         )
     return found[0] if found else None
@@ -129,19 +131,21 @@ def _too_many(why: str, budget: str, retry: int) -> ApiError:
 # -- scale
 
 
-def _selector_text(selector: Obj | None) -> str:
+def selector_text(selector: Obj | None) -> str:
     """As `kubectl` writes selectors: a=b,c in (d,e)."""
     if not selector:
         return ""
     terms = [f"{key}={value}" for key, value in (selector.get("matchLabels") or {}).items()]
     for expr in selector.get("matchExpressions") or []:
         values = ",".join(sorted(expr.get("values") or []))
-        terms.append({
-            "In": f"{expr['key']} in ({values})",
-            "NotIn": f"{expr['key']} notin ({values})",
-            "Exists": expr["key"],
-            "DoesNotExist": f"!{expr['key']}",
-        }[expr["operator"]])
+        terms.append(
+            {
+                "In": f"{expr['key']} in ({values})",
+                "NotIn": f"{expr['key']} notin ({values})",
+                "Exists": expr["key"],
+                "DoesNotExist": f"!{expr['key']}",
+            }[expr["operator"]]
+        )
     return ",".join(sorted(terms))
 
 
@@ -162,10 +166,11 @@ def scale_of(res: Resource, obj: Obj) -> Obj:
         selector = _dig(obj, paths["labelSelectorPath"]) if paths.get("labelSelectorPath") else None
     else:
         wanted, have = spec.get("replicas", 0), status.get("replicas", 0)
-        selector = _selector_text(spec.get("selector"))
+        selector = selector_text(spec.get("selector"))
     meta = obj["metadata"]
-    kept = {key: meta[key] for key in ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")
-            if key in meta}
+    kept = {
+        key: meta[key] for key in ("name", "namespace", "uid", "resourceVersion", "creationTimestamp") if key in meta
+    }
     shown: Obj = {"replicas": have}
     if selector:
         shown["selector"] = selector
@@ -184,8 +189,9 @@ def set_scale(core: Core, res: Resource, namespace: str, name: str, scale: Obj, 
     if not isinstance(replicas, int) or isinstance(replicas, bool):
         raise errors.bad_request("spec.replicas must be a number")
     if replicas < 0:
-        cause = errors.Cause("FieldValueInvalid", f"Invalid value: {replicas}: must be greater than or equal to 0",
-                             "spec.replicas")
+        cause = errors.Cause(
+            "FieldValueInvalid", f"Invalid value: {replicas}: must be greater than or equal to 0", "spec.replicas"
+        )
         raise errors.invalid("autoscaling", "Scale", name, [cause])
     old = core.get(res, namespace, name)
     obj = old.copy()
@@ -220,9 +226,11 @@ def token_request(core: Core, tokens: Tokens, namespace: str, name: str, body: O
     spec = body.get("spec") or {}
     seconds = int(spec.get("expirationSeconds") or TOKEN_SECONDS)
     if seconds < 600:
-        cause = errors.Cause("FieldValueInvalid",
-                             f"Invalid value: {seconds}: may not specify a duration less than 10 minutes",
-                             "spec.expirationSeconds")
+        cause = errors.Cause(
+            "FieldValueInvalid",
+            f"Invalid value: {seconds}: may not specify a duration less than 10 minutes",
+            "spec.expirationSeconds",
+        )
         raise errors.invalid("authentication.k8s.io", "TokenRequest", name, [cause])
     issued = int(time.time())
     mine: Obj = {"namespace": namespace, "serviceaccount": {"name": name, "uid": account.obj["metadata"]["uid"]}}
