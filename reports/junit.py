@@ -1,4 +1,4 @@
-"""JUnit XML: one test case per experiment. FAIL is <failure>, INCONCLUSIVE and ERROR are <error>, nothing is skipped."""
+"""JUnit XML: a test case per experiment. FAIL is <failure>, INCONCLUSIVE and ERROR are <error>, none is skipped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from xml.etree.ElementTree import Element, ElementTree, SubElement, indent  # noqa: S405 (written, never parsed)
+from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 
 from gameday.model import Counts, Verdict
 from reports import verdicts, words
@@ -34,8 +34,8 @@ def suites(entries: Sequence[Entry], name: str) -> Element:
         "skipped": "0",
         "time": f"{sum(entry.seconds or 0.0 for entry in entries):.3f}",
     }
-    root = Element("testsuites", name="gameday", **totals)
-    suite = SubElement(root, "testsuite", name=clean(name), **totals)
+    root = Element("testsuites", {"name": "gameday", **totals})
+    suite = SubElement(root, "testsuite", {"name": clean(name), **totals})
     suite.extend(cases)
     indent(root)
     return root

@@ -38,13 +38,12 @@ class Entry:
 
     @property
     def seconds(self) -> float | None:
-        """From the start of the record to its last file, seconds of wall time; None when unknown."""
+        """How long it took, from the run's start to its last event; None when the record does not say."""
         try:
-            began = float(self.about["epoch_wall"])
-            ended = max(p.stat().st_mtime for p in self.dir.glob("*.jsonl"))
-        except (KeyError, ValueError, OSError):
+            last = (self.dir / "events.jsonl").read_bytes().splitlines()[-1]
+            return max(0.0, float(json.loads(last)["t"]) - float(self.about["epoch_mono"]))
+        except (OSError, ValueError, LookupError, TypeError):
             return None
-        return ended - began if ended >= began else None
 
 
 def read(run_dir: Path) -> Judgement:
