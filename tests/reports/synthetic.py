@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import orjson
@@ -208,6 +209,7 @@ def _pods(detail: str) -> Iterator[Event]:
             yield mark(F + after + i / 10, new, stage, "ac"[i])
 
 
+@cache
 def timeline(*, seed: int = 7419, evil: bool = False) -> Timeline:
     text = EVIL if evil else ""
     about = replace(ABOUT, seed=seed, reproduce=f"pytest -k '{text}'" if evil else ABOUT.reproduce)
@@ -240,6 +242,12 @@ def _load(seen: list[Reply]) -> Iterator[Event]:
 
 def judged(made: Timeline) -> Judgement:
     return judge(made, OBJECTIVES)
+
+
+@cache
+def judgement() -> Judgement:
+    """Of the plain timeline."""
+    return judged(timeline())
 
 
 def write(run_dir: Path, made: Timeline) -> Path:

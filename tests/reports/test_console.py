@@ -14,7 +14,8 @@ FINDINGS = (
     Finding(Phase.BEFORE, "success ≥ 99.9 %", Verdict.PASS, 0.9997, 0.999, "share"),
     Finding(Phase.DURING, "success ≥ 99 %", Verdict.PASS, 0.9961, 0.99, "share"),
     Finding(
-        Phase.DURING, "first token p95 ≤ 2.5 s", Verdict.FAIL, 3.10, 2.5, "s", 3.05, 3.15, 900, "worst 14:02:11–14:02:40",
+        Phase.DURING, "first token p95 ≤ 2.5 s", Verdict.FAIL, 3.10, 2.5, "s", 3.05, 3.15, 900,
+        "worst 14:02:11–14:02:40",
     ),
     Finding(
         Phase.AFTER, "recovers within 2 min", Verdict.PASS, 72.4, 120, "s", 72.38, 72.42, 900,
