@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from sandbox.client import Api
+from sandbox.controllers.autoscaler import Autoscalers
 from sandbox.controllers.catalog import Catalog
 from sandbox.controllers.collector import GarbageCollector
 from sandbox.controllers.daemonset import DaemonSets
@@ -48,6 +49,7 @@ async def run(api: Api, clocks: Clocks, *, root_ca: str = "") -> None:
         controllers = [make(shared) for make in _CONTROLLERS]
         controllers += [GarbageCollector(shared, catalog), Termination(shared, catalog, clocks)]
         controllers += [NodeLifecycle(shared, clocks), PodCollector(shared, clocks), Jobs(shared, clocks)]
+        controllers.append(Autoscalers(shared, clocks))
         if root_ca:
             controllers.append(RootCertificates(shared, root_ca))
         await catalog.start()
