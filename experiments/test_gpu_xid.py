@@ -5,6 +5,7 @@ replaces the node; after Xid 13 (graphics engine exception) the container restar
 """
 
 from faults import Xid
+from gameday.experiment import Run
 from gameday.objectives import (
     FirstToken,
     NodeKept,
@@ -15,7 +16,6 @@ from gameday.objectives import (
     Success,
     UnbrokenStreams,
 )
-from gameday.plugin import Run
 from gameday.units import seconds
 from loadgen.traffic import Chat
 

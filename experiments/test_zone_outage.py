@@ -6,8 +6,8 @@ spread again once the zone is back and the workloads are restarted.
 """
 
 from faults import Zone, ZoneOutage
+from gameday.experiment import Run
 from gameday.objectives import FirstToken, NothingLeftBehind, Recovers, Replicas, Spread, Success, UnbrokenStreams
-from gameday.plugin import Run
 from gameday.units import seconds
 from loadgen.traffic import Chat
 

@@ -5,8 +5,8 @@ notice by themselves, eject what they cannot reach, and service is normal within
 """
 
 from faults import Zone, ZonePartition
+from gameday.experiment import Run
 from gameday.objectives import FirstToken, NothingLeftBehind, Recovers, Replicas, Success
-from gameday.plugin import Run
 from gameday.units import seconds
 from loadgen.traffic import Chat
 

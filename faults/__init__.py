@@ -21,7 +21,7 @@ KINDS: dict[str, type[Any]] = {cls.__name__: cls for cls in (PodKill, Xid, ZoneO
 
 def to_json(fault: Fault) -> dict[str, Any]:
     """A JSON object that `from_json` turns back into an equal fault."""
-    return {"type": type(fault).__name__, **asdict(fault)}  # type: ignore[call-overload, no-any-return]
+    return {"type": type(fault).__name__, **asdict(fault)}  # type: ignore[call-overload]
 
 
 def from_json(data: Mapping[str, Any]) -> Fault:

@@ -454,7 +454,7 @@ def _refused(code: int, body: str | bytes) -> ClusterError:
         status = {}
     if not isinstance(status, dict):
         status = {}
-    message = status.get("message") or text.strip()[:200] or f"HTTP {code}"
+    message = status.get("message") or " ".join(text.split())[:200] or f"HTTP {code}"
     if code == 401:
         message = "the API server does not know these credentials (401): log in again, or name another --kubeconfig"
     return Refused(code, status.get("reason", ""), message)

@@ -33,6 +33,7 @@ from gameday.windows import Window, fault_low, first, marks, of, window
 CHANCE = 0.005  # of a run of m good requests while the outage still lasts
 SMALLEST_SHARE = 0.1
 TAIL = 20  # bad requests from which the share at an outage's end is estimated
+FEW = 5  # bad requests below which a share is not estimated but taken for the smallest
 NEAR = 1.0  # seconds after the effect in which even a tolerated outage is blamed on the fault
 
 
@@ -234,18 +235,20 @@ def _held_at_end(series: Series, asked: Asked) -> bool:
 
 
 def _tail_share(series: Series, bads: Sequence[int]) -> tuple[float, float]:
-    """Share of bad requests up to the last of these: estimate, and lower bound (one standard error, Wilson)."""
+    """Share of bad requests up to the last of these: estimate, and lower bound (95 %, Wilson)."""
     looks = []
     for b in {bads[0], bads[max(0, len(bads) - TAIL)]}:
         k, n = series.bad_before[bads[-1] + 1] - series.bad_before[b], bads[-1] + 1 - b
-        looks.append((_wilson_low(k, n), (k - 0.5) / n))
+        # A look begins with a bad request by choice, which says nothing about the share; so few say nothing at all.
+        looks.append((_wilson_low(k - 1, n - 1) if k >= FEW else 0.0, (k - 0.5) / n))
     low, estimate = min(looks)
     return estimate, low
 
 
 def _wilson_low(k: int, n: int) -> float:
-    p = k / n
-    return (p + 1 / (2 * n) - math.sqrt(p * (1 - p) / n + 1 / (4 * n * n))) / (1 + 1 / n)
+    """The one-sided 95 % lower bound of a share of k in n."""
+    p, z = k / n, 1.64
+    return (p + z * z / (2 * n) - z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)
 
 
 def _back(timeline: Timeline, asked: Asked, series: Series, fault: Window, outage: Outage) -> Back:

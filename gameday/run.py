@@ -211,7 +211,7 @@ class Session:
     def prepare(self) -> None:
         """Preflight, plan, lock, ledger, probers, load: nothing is harmed yet."""
         self.check_spec()
-        self.dir.mkdir(parents=True, exist_ok=False)
+        self.dir.mkdir(parents=True, exist_ok=True)
         self._recorder = record.Recorder(self.dir)
         Preflight(self._cluster, self._arena.prometheus, self._settings).demand()
         view = self.view()

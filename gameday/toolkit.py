@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import signal
 import threading
@@ -19,8 +20,8 @@ from types import FrameType
 from typing import Any
 
 from chaoslib.exceptions import ActivityFailed, ChaosException, InvalidExperiment
-from chaoslib.experiment import ensure_experiment_is_valid
-from chaoslib.run import RunEventHandler, run_experiment as chaos_run
+from chaoslib.experiment import ensure_experiment_is_valid, run_experiment as chaos_run
+from chaoslib.run import RunEventHandler
 from chaoslib.types import Strategy
 
 import faults
@@ -81,7 +82,7 @@ def experiment_json(spec: Spec, title: str, seed: int) -> dict[str, Any]:
     return {
         "version": "1.0.0",
         "title": title,
-        "description": f"gameday experiment {spec.name}, seed {seed}; its verdict is in verdict.json, not in the journal.",
+        "description": f"gameday's {spec.name}, seed {seed}; the verdict is in verdict.json, not in the journal.",
         "tags": ["gameday", spec.name],
         "configuration": {"gameday_context": {"type": "env", "key": "GAMEDAY_CONTEXT", "default": ""}},
         "method": method,
@@ -182,6 +183,24 @@ def _handlers_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _log_to(directory: Path) -> Iterator[None]:
+    """chaoslib's log belongs to the record, not to the console."""
+    log = logging.getLogger("chaostoolkit")
+    directory.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(directory / "chaostoolkit.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    was = log.propagate, log.level
+    log.addHandler(handler)
+    log.propagate, log.level = False, logging.INFO
+    try:
+        yield
+    finally:
+        log.propagate, log.level = was
+        log.removeHandler(handler)
+        handler.close()
+
+
 def execute(session: Session, title: str, seed: int) -> int | None:
     """Run the session's experiment under chaoslib, in the main thread; heals and finishes whatever happens.
 
@@ -196,7 +215,7 @@ def execute(session: Session, title: str, seed: int) -> int | None:
     _session, _crash = session, None
     journal: Any = None
     try:
-        with _handlers_kept():
+        with _handlers_kept(), _log_to(session.dir):
             try:
                 # deepcopy: chaoslib changes what it is given
                 journal = chaos_run(

@@ -1,0 +1,190 @@
+"""What experiments are written with: the `Run` that the `experiment` fixture gives, and what it comes to.
+
+The pytest plugin imports this on the first use of a fixture, so that other tests do not pay for it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+import yaml
+
+from faults import Fault, Zone
+from faults.act import manifests
+from gameday import arena as arena_
+from gameday.errors import GamedayError, MissingCapability, TargetError
+from gameday.kinds import BY_KIND
+from gameday.model import Counts, Finding, Judgement, Verdict
+from gameday.objectives import Objective, Objectives
+from gameday.run import Arena, Session, Spec
+from gameday.toolkit import execute
+from loadgen.traffic import Traffic
+from reports import console, html, junit, markdown
+from reports.live import Live
+
+OPENED = pytest.StashKey[arena_.Opened]()
+LIVE = pytest.StashKey[Live]()
+JUDGED = pytest.StashKey[list[Judgement]]()  # of an item: empty until it ran; of the config: all
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What an experiment came to, for the test's own assert."""
+
+    judgement: Judgement
+
+    @property
+    def passed(self) -> bool:
+        return self.judgement.passed
+
+    @property
+    def story(self) -> str:
+        return console.story(self.judgement)
+
+
+class Run:
+    """Call it once with the experiment; its verdict becomes the test's outcome, whatever the test asserts."""
+
+    def __init__(self, item: pytest.Item, options: dict[str, Any]) -> None:
+        self._item, self._options = item, options
+        item.stash[JUDGED] = []
+
+    def __call__(
+        self,
+        *,
+        traffic: Traffic,
+        before: Sequence[Objective],
+        fault: Fault,
+        during: Sequence[Objective] = (),
+        after: Sequence[Objective] = (),
+    ) -> Result:
+        """Run it (`--trials` times) and return the worst result."""
+        spec = Spec(name_of(self._item), traffic, fault, Objectives(tuple(before), tuple(during), tuple(after)))
+        judged = self._run(spec)
+        for one in judged:
+            remember(self._item, one)
+        worst = max(judged, key=lambda one: one.verdict.rank)
+        self._item.stash[JUDGED] = [worst]
+        return Result(worst)
+
+    def _run(self, spec: Spec) -> list[Judgement]:
+        try:
+            arena = opened(self._item.config, self._options).arena
+            if arena.settings.dry_run:
+                with Uncaptured(self._item.config):
+                    dry_run(arena, spec)
+                pytest.skip("dry run: manifests validated, nothing applied")
+            return [self._trial(arena, spec, trial) for trial in range(1, arena.settings.trials + 1)]
+        except MissingCapability as missing:
+            if missing.name in (self._options.get("allow_missing") or ()):
+                pytest.skip(f"{missing.name} is missing, which --allow-missing accepts: {missing}")
+            return [not_begun(spec.name, str(missing))]
+        except GamedayError as wrong:
+            return [not_begun(spec.name, str(wrong))]
+
+    def _trial(self, arena: Arena, spec: Spec, trial: int) -> Judgement:
+        session = Session(arena, spec, trial)
+        config = self._item.config
+        with Uncaptured(config), config.stash[LIVE]:
+            received = execute(session, spec.name.replace("_", " "), arena.seed)
+            judgement = session.conclude()
+        if received is not None:
+            self._item.session.shouldstop = "interrupted: healed and stopped"
+        assert judgement is not None, "a session that ran has a plan, or raised"
+        return judgement
+
+
+def opened(config: pytest.Config, options: dict[str, Any]) -> arena_.Opened:
+    """The session's arena; a sandbox is started on its first use."""
+    if OPENED not in config.stash:
+        live = config.stash[LIVE] = Live()
+        with Uncaptured(config):
+            config.stash[OPENED] = arena_.open_arena(options, say=live.say, progress=live.update)
+    return config.stash[OPENED]
+
+
+class Uncaptured:
+    """Progress goes to the terminal, not into pytest's capture."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._manager: Any = config.pluginmanager.getplugin("capturemanager")
+
+    def __enter__(self) -> None:
+        if self._manager:
+            self._manager.suspend_global_capture(in_=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._manager:
+            self._manager.resume_global_capture()
+
+
+def draw_zone(item: pytest.Item, options: dict[str, Any]) -> Zone:
+    """`--zone`, else a zone that holds ready targets, drawn by the seed. User errors are one sentence."""
+    try:
+        arena = opened(item.config, options).arena
+        settings = arena.settings
+        if settings.zone:
+            return Zone(settings.zone)
+        pods = arena.cluster.pods(labels=settings.selector) if settings.selector else ()
+        zones = sorted({pod.zone for pod in pods if pod.ready and pod.zone})
+        if not zones:
+            raise TargetError(
+                f"No ready pod of {settings.selector!r} lies in a labelled zone: give --zone, or label the nodes."
+            )
+        return Zone(random.Random(arena.seed).choice(zones))  # noqa: S311 - reproducible on purpose
+    except GamedayError as wrong:
+        remember(item, not_begun(name_of(item), str(wrong)))
+        pytest.fail(str(wrong), pytrace=False)
+
+
+def name_of(item: pytest.Item) -> str:
+    """`zone_outage` of `test_zone_outage`; what is unsafe in a path is replaced."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", item.name.removeprefix("test_")).strip("._") or "experiment"
+
+
+def not_begun(name: str, text: str) -> Judgement:
+    """The judgement of an experiment that could not begin."""
+    finding = Finding("run", "experiment could begin", Verdict.ERROR, None, None, "", evidence=text)
+    return Judgement(name, Verdict.ERROR, (finding,), None, Counts(), 0, "", f"pytest experiments -k {name}")
+
+
+def remember(item: pytest.Item, judgement: Judgement) -> None:
+    item.config.stash.setdefault(JUDGED, []).append(judgement)
+
+
+def dry_run(arena: Arena, spec: Spec) -> None:
+    """Print what would be applied, and let the server validate it (dryRun=All)."""
+    session = Session(arena, spec)
+    session.check_spec()
+    plan = spec.fault.plan(session.view())
+    arena.say(f"dry run: {plan.facts.title}")
+    for _, manifest in manifests(plan.acts):
+        arena.say("---\n" + yaml.safe_dump(manifest, sort_keys=False))
+        arena.cluster.create(BY_KIND[manifest["kind"]], manifest, dry_run=True)
+    for entry in plan.undos:
+        arena.say(f"undo: {entry.command()}")
+
+
+def summarise(config: pytest.Config, write_line: Any) -> None:
+    """The verdict table, and the run's own files: index page, JUnit, the CI job's page."""
+    judged = config.stash.get(JUDGED, [])
+    with Uncaptured(config):
+        console.show(judged)
+    root: Path | None = config.stash[OPENED].arena.root if OPENED in config.stash else None
+    if root is None or not root.is_dir():
+        return  # nothing began
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a") as file:
+            file.write(markdown.summary(judged) + "\n")
+    for path in (html.write_index(root), junit.write(root)):
+        write_line(f"report: {path}")

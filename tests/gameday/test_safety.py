@@ -1,0 +1,208 @@
+"""Ledger, lock, heal: written before the harm, one game day at a time, undone by anyone, and only what was ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from faults.base import MANAGED, RUN, Undo
+from faults.undo import undo
+from gameday import lock as lock_
+from gameday.cluster import Cluster
+from gameday.errors import HealError, LockError
+from gameday.kinds import CONFIGMAPS, LEASES, NODES, PODS, Kind
+from gameday.ledger import Ledger, heal, leftovers
+from gameday.lock import Lock, live_holder
+
+LABELS = {MANAGED: "gameday", RUN: "r1"}
+SECRETS = Kind("", "v1", "secrets", "Secret")
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def swept(cluster: Cluster) -> Iterator[None]:
+    yield
+    for found in cluster.list(LEASES, "llm") + cluster.list(LEASES, "default"):
+        cluster.delete(LEASES, found["metadata"]["name"], found["metadata"]["namespace"])
+    for found in cluster.list(CONFIGMAPS, "llm", labels=f"{MANAGED}=gameday"):
+        cluster.delete(CONFIGMAPS, found["metadata"]["name"], "llm")
+    for found in cluster.list(NODES):
+        cluster.delete(NODES, found["metadata"]["name"])
+
+
+def node(cluster: Cluster, name: str, *, cordoned: bool = False) -> str:
+    spec = {"unschedulable": True} if cordoned else {}
+    made = cluster.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "spec": spec})
+    return str(made["metadata"]["uid"])
+
+
+def cordoned(cluster: Cluster, name: str) -> bool:
+    return bool(cluster.get(NODES, name)["spec"].get("unschedulable"))
+
+
+def bare_pod(name: str) -> dict[str, object]:
+    spec = {"containers": [{"name": "c", "image": "busybox:1.36"}]}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": "llm", "labels": LABELS},
+        "spec": spec,
+    }
+
+
+# ── undo ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_uncordon_can_be_repeated(cluster: Cluster) -> None:
+    entry = Undo("uncordon", "cordon", "n1", uid=node(cluster, "n1", cordoned=True))
+    undo(cluster, entry, within=5)
+    assert not cordoned(cluster, "n1")
+    undo(cluster, entry, within=5)
+
+
+def test_a_node_of_the_same_name_is_another_node(cluster: Cluster) -> None:
+    node(cluster, "n1", cordoned=True)
+    told = undo(cluster, Undo("uncordon", "cordon", "n1", uid="of-the-one-before"), within=5)
+    assert "replaced" in told and cordoned(cluster, "n1")
+
+
+def test_a_delete_that_hangs_names_the_finalizer_and_the_command(cluster: Cluster) -> None:
+    held = bare_pod("held")
+    held["metadata"]["finalizers"] = ["example.org/held"]  # type: ignore[index]
+    cluster.create(PODS, held)
+    with pytest.raises(HealError, match=r"finalizer example.org/held.*kubectl -n llm delete pod held"):
+        undo(cluster, Undo("delete", "prober", "held", kind="Pod", namespace="llm"), within=0.5)
+    cluster.patch(PODS, "held", {"metadata": {"finalizers": None}}, "llm")
+
+
+# ── ledger and heal ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_whoever_reads_the_cluster_can_heal(cluster: Cluster, tmp_path: Path) -> None:
+    uid = node(cluster, "n1", cordoned=True)
+    node(cluster, "n2", cordoned=True)  # by somebody else
+    cluster.create(PODS, bare_pod("gd-prober"))
+    book = Ledger(cluster, tmp_path / "ledger.jsonl", "gd-x-ledger", LABELS)
+    book.write(
+        [
+            Undo("uncordon", "cordon", "n1", uid=uid),
+            Undo("delete", "prober", "gd-prober", kind="Pod", namespace="llm", stage="clean"),
+        ]
+    )
+    assert (tmp_path / "ledger.jsonl").read_text().count("\n") == 2
+    # the process dies here; another machine heals
+    assert [len(left.entries) for left in leftovers(cluster)] == [2]
+    assert heal(cluster, within=5, say=quiet) == 2
+    assert not cordoned(cluster, "n1") and cordoned(cluster, "n2")
+    assert cluster.find(PODS, "gd-prober", "llm") is None
+    assert leftovers(cluster) == ()
+    assert heal(cluster, within=5, say=quiet) == 0
+
+
+def test_what_is_undone_is_struck_out(cluster: Cluster, tmp_path: Path) -> None:
+    first = Undo("uncordon", "cordon", "n1", uid=node(cluster, "n1"))
+    second = Undo("uncordon", "cordon", "n2", uid=node(cluster, "n2"))
+    book = Ledger(cluster, tmp_path / "ledger.jsonl", "gd-x-ledger", LABELS)
+    book.write([first, second])
+    book.done(first)
+    assert [entry for _, entry in leftovers(cluster)[0].entries] == [second]
+
+
+def test_heal_refuses_while_the_run_lives(cluster: Cluster, tmp_path: Path) -> None:
+    lock = Lock(cluster, "r1/pod_kill", LABELS, cluster_wide=False)
+    lock.acquire(on_lost=lambda: None)
+    Ledger(cluster, tmp_path / "ledger.jsonl", "gd-x-ledger", LABELS).write([Undo("uncordon", "c", "n1", uid="u")])
+    with pytest.raises(LockError, match="'r1/pod_kill' since"):
+        heal(cluster, within=5, say=quiet)
+    lock.release()
+    assert heal(cluster, within=5, say=quiet) == 1
+
+
+def test_heal_goes_on_after_a_failure_and_lists_what_is_left(cluster: Cluster, tmp_path: Path) -> None:
+    held = bare_pod("held")
+    held["metadata"]["finalizers"] = ["example.org/held"]  # type: ignore[index]
+    cluster.create(PODS, held)
+    uid = node(cluster, "n1", cordoned=True)
+    stuck = Undo("delete", "prober", "held", kind="Pod", namespace="llm")
+    Ledger(cluster, tmp_path / "l.jsonl", "gd-x-ledger", LABELS).write([stuck, Undo("uncordon", "c", "n1", uid=uid)])
+    with pytest.raises(HealError, match="held"):
+        heal(cluster, within=0.5, say=quiet)
+    assert not cordoned(cluster, "n1")
+    assert [entry for left in leftovers(cluster) for _, entry in left.entries] == [stuck]
+    cluster.patch(PODS, "held", {"metadata": {"finalizers": None}}, "llm")
+    heal(cluster, within=5, say=quiet)
+    assert leftovers(cluster) == ()
+
+
+def test_a_ledger_of_another_version_is_refused_not_ignored(cluster: Cluster) -> None:
+    labels = LABELS | {"gameday.dev/role": "ledger"}
+    metadata = {"name": "gd-y-ledger", "namespace": "llm", "labels": labels}
+    cluster.create(
+        CONFIGMAPS,
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"000": '{"verb": "explode"}'}},
+    )
+    with pytest.raises(HealError, match="gd-y-ledger is not a ledger"):
+        leftovers(cluster)
+
+
+def test_strays_without_a_ledger_are_found_and_healed(cluster: Cluster) -> None:
+    cluster.create(PODS, bare_pod("stray"))
+    assert heal(cluster, within=5, say=quiet) == 1
+    assert cluster.find(PODS, "stray", "llm") is None
+
+
+# ── lock ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_second_game_day_is_told_who_holds_the_lock(cluster: Cluster) -> None:
+    first = Lock(cluster, "r1/zone_outage", LABELS, cluster_wide=True)
+    first.acquire(on_lost=lambda: None)
+    with pytest.raises(LockError, match=r"'r1/zone_outage' since \d\d:\d\d:\d\d holds the lock"):
+        Lock(cluster, "r2/pod_kill", LABELS, cluster_wide=False).acquire(on_lost=lambda: None)
+    first.release()
+    assert live_holder(cluster) is None
+    assert not [one for one in cluster.list(LEASES, "default") if one["metadata"]["name"] == lock_.CLUSTER_WIDE[0]]
+
+
+def expire(cluster: Cluster) -> None:
+    cluster.patch(LEASES, lock_.NAME, {"spec": {"renewTime": "2020-01-01T00:00:00.000000Z"}}, "llm")
+
+
+def test_an_expired_lock_is_taken_over_only_when_its_ledger_is_healed(cluster: Cluster, tmp_path: Path) -> None:
+    dead = Lock(cluster, "r1/zone_outage", LABELS, cluster_wide=False)
+    dead.acquire(on_lost=lambda: None)
+    Ledger(cluster, tmp_path / "l.jsonl", "gd-x-ledger", LABELS).write([Undo("uncordon", "c", "n1", uid="u")])
+    expire(cluster)
+    heir = Lock(cluster, "r2/pod_kill", LABELS, cluster_wide=False)
+    with pytest.raises(LockError, match=r"left faults behind.*gameday heal"):
+        heir.acquire(on_lost=lambda: None)
+    heal(cluster, within=5, say=quiet)
+    heir.acquire(on_lost=lambda: None)
+    assert str(live_holder(cluster)).startswith("Game day 'r2/pod_kill'")
+    heir.release()
+
+
+def test_a_lost_lock_is_noticed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_, "RENEW", 0.05)
+    lost = []
+    lock = Lock(cluster, "r1/pod_kill", LABELS, cluster_wide=False)
+    lock.acquire(on_lost=lambda: lost.append(True))
+    cluster.patch(LEASES, lock_.NAME, {"spec": {"holderIdentity": "somebody-else"}}, "llm")
+    assert lock.lost.wait(timeout=10)
+    lock.release()
+    assert lost and cluster.get(LEASES, lock_.NAME, "llm")["spec"]["holderIdentity"] == "somebody-else"
+
+
+def test_nothing_is_held_when_one_of_two_leases_is_taken(cluster: Cluster) -> None:
+    other = Lock(cluster, "r1/zone_outage", LABELS, cluster_wide=True)
+    other.acquire(on_lost=lambda: None)
+    cluster.delete(LEASES, lock_.NAME, "llm")  # a game day in another namespace holds only the cluster-wide one
+    with pytest.raises(LockError, match="r1/zone_outage"):
+        Lock(cluster, "r2/zone_outage", LABELS, cluster_wide=True).acquire(on_lost=lambda: None)
+    assert live_holder(cluster) is None
+    other.release()
