@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from sandbox.apiserver import conversion, crds, defaults, errors, patch, strategy, types, validation
+from sandbox.apiserver import conversion, crds, defaults, errors, media, patch, strategy, types, validation
 from sandbox.apiserver.authn import MASTER, Identity
 from sandbox.apiserver.crds import CustomTypes
 from sandbox.apiserver.resources import Registry, Resource
@@ -161,7 +161,9 @@ class Core:
         if not name and meta.get("generateName"):
             name = self._generate(res, namespace, meta["generateName"])
             meta["name"] = name
-        for key in ("deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "resourceVersion", "generation"):
+        if meta.get("resourceVersion"):
+            raise errors.internal("resourceVersion should not be set on objects to be created")
+        for key in ("deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "generation"):
             meta.pop(key, None)
         meta["uid"] = str(uuid.uuid4())
         meta["creationTimestamp"] = now()
@@ -170,11 +172,17 @@ class Core:
         validation.check_create(res, obj, self._check_kind(res, obj))
         strategy.admit_create(self, res, obj, write.user)
         if self.store.get(res.key, namespace, meta["name"]) is not None:
-            raise errors.already_exists(res.group, res.plural, meta["name"])
+            raise self._exists(res, namespace, meta["name"])
         obj = _ordered(obj)
         if write.dry_run:
             return Stored(obj, orjson.dumps(obj), 0)
         return self.store.put(res.key, obj)
+
+    def _exists(self, res: Resource, namespace: str, name: str) -> ApiError:
+        error = errors.already_exists(res.group, res.plural, name)
+        if self.get(res, namespace, name).obj["metadata"].get("deletionTimestamp"):
+            return ApiError(error.code, error.reason, f"object is being deleted: {error}", error.details)
+        return error
 
     def _received(self, res: Resource, namespace: str, body: Obj, write: Write) -> Obj:
         """The body in the form in which it is stored: types checked, unknown fields dropped, its namespace settled."""
@@ -201,13 +209,7 @@ class Core:
             obj, unknown = {**obj, "metadata": meta}, [*more, *unknown]
         if unknown and write.validation == "Strict":
             listed = ", ".join(f'unknown field "{entry}"' for entry in unknown)
-            if res.custom is None:
-                listed = f'{res.kind} in version "{res.version}" cannot be handled as a {res.kind}: ' + (
-                    f"strict decoding error: {listed}"
-                )
-            else:
-                listed = f"strict decoding error: {listed}"
-            raise errors.bad_request(listed)
+            raise errors.Undecodable(res.version, res.kind, f"strict decoding error: {listed}")
         if write.validation != "Ignore":
             write.warnings.extend(f'unknown field "{entry}"' for entry in unknown)
         return obj
@@ -254,9 +256,11 @@ class Core:
             cause = errors.Cause(
                 "FieldValueInvalid", "Invalid value: 0: must be specified for an update", "metadata.resourceVersion"
             )
-            raise errors.invalid(res.group, res.kind, name, [cause])
+            raise errors.invalid(res.group, res.plural, name, [cause])
+        if version and not version.isdigit():
+            raise errors.internal(f'strconv.ParseUint: parsing "{version}": invalid syntax')
         if meta.get("uid") and meta["uid"] != old.obj["metadata"]["uid"]:
-            raise _uid_mismatch(res, name, meta["uid"], old.obj["metadata"]["uid"])
+            raise _uid_mismatch(res, namespace, name, meta["uid"], old.obj["metadata"]["uid"])
         if version and version not in ("0", str(old.version)):
             raise errors.stale(res.group, res.plural, name)
         return self._replace(res, old, new, write, sub)
@@ -279,7 +283,11 @@ class Core:
         if isinstance(new.get("metadata"), dict):
             new["metadata"].setdefault("name", name)
             new["metadata"].setdefault("resourceVersion", str(old.version))
-        return self.update(res, namespace, name, new, write, sub)
+        try:
+            media.check_kind(self.registry, res, new)
+            return self.update(res, namespace, name, new, write, sub)
+        except errors.Undecodable as wrong:
+            raise wrong.in_patch(new) from wrong
 
     def _replace(self, res: Resource, old: Stored, new: Obj, write: Write, sub: str) -> Stored:
         meta, before = new["metadata"], old.obj["metadata"]
@@ -290,7 +298,7 @@ class Core:
         meta["resourceVersion"] = before["resourceVersion"]
         new = strategy.before_update(self, res, new, old.obj, sub)
         defaults.apply(res, new, self)
-        validation.check_update(res, new, old.obj, sub, self._check_kind(res, new))
+        validation.check_update(res, new, old.obj, sub, self._check_kind(res, new, sub))
         strategy.admit_update(self, res, new, old.obj, write.user, sub)
         new = _ordered(new)
         if new == old.obj:
@@ -299,12 +307,13 @@ class Core:
         if write.dry_run:
             return Stored(new, orjson.dumps(new), old.version)
         if self._is_finished(res, new):
-            return self.store.remove(res.key, new)
+            gone = self.store.remove(res.key, new)
+            return _with_version(new, gone.version)
         return self.store.put(res.key, new)
 
-    def _check_kind(self, res: Resource, obj: Obj) -> list[errors.Cause]:
+    def _check_kind(self, res: Resource, obj: Obj, sub: str = "") -> list[errors.Cause]:
         if res.custom is not None:
-            return self.custom.check(res, obj)
+            return self.custom.check(res, obj, sub)
         return crds.check_crd(obj) if res.key == crds.KEY else []
 
     def _is_finished(self, res: Resource, obj: Obj) -> bool:
@@ -330,14 +339,18 @@ class Core:
         waits = bool(meta.get("finalizers")) or (res.key == "namespaces" and bool(obj["spec"].get("finalizers")))
         if meta.get("deletionTimestamp") and not self._hastens(meta, grace, waits):
             return self._keep(res, old, obj, write), False
-        if not grace and not waits:
-            return (old if write.dry_run else self.store.remove(res.key, obj)), True
+        if not grace and not waits and res.key != "pods":
+            version = old.version if write.dry_run else self.store.remove(res.key, obj).version
+            return _with_version(obj, version), True
         started = meta.get("deletionTimestamp")
         if not started or grace < meta.get("deletionGracePeriodSeconds", 0):
-            meta["deletionTimestamp"] = at(grace) if not started or grace else started
+            meta["deletionTimestamp"] = at(grace)
             meta["deletionGracePeriodSeconds"] = grace
         if not started and "generation" in meta:
             meta["generation"] += 1
+        if not grace and not waits:
+            version = old.version if write.dry_run else self.store.remove(res.key, obj).version
+            return _with_version(obj, version), True
         strategy.on_delete(self, res, obj)
         return self._keep(res, old, obj, write), False
 
@@ -357,21 +370,22 @@ class Core:
     @staticmethod
     def _check_preconditions(res: Resource, old: Stored, wanted: Obj) -> None:
         meta = old.obj["metadata"]
-        if (uid := wanted.get("uid")) and uid != meta["uid"]:
-            raise _uid_mismatch(res, meta["name"], uid, meta["uid"])
-        if (version := wanted.get("resourceVersion")) and version != meta["resourceVersion"]:
-            why = (
-                f"Precondition failed: ResourceVersion in precondition: {version}, "
-                f"ResourceVersion in object meta: {meta['resourceVersion']}"
-            )
-            raise errors.conflict(res.group, res.plural, meta["name"], why)
+        for key, field, fate in (("uid", "UID", "deleted and then recreated"),
+                                 ("resourceVersion", "ResourceVersion", "modified")):
+            asked = wanted.get(key)
+            if asked and asked != meta[key]:
+                why = (
+                    f"the {field} in the precondition ({asked}) does not match the {field} in record ({meta[key]}). "
+                    f"The object might have been {fate}"
+                )
+                raise errors.conflict(res.group, res.kind, meta["name"], why)
 
     @staticmethod
     def _set_propagation(res: Resource, obj: Obj, options: Obj) -> None:
         """Foreground and orphan deletion are finalizers that the garbage collector removes."""
         policy = options.get("propagationPolicy")
-        if options.get("orphanDependents"):
-            policy = "Orphan"
+        if options.get("orphanDependents") or (not policy and res.kind == "Job" and res.custom is None):
+            policy = "Orphan"  # what batch/v1 does with Jobs unless told otherwise
         if not policy:
             return
         meta = obj["metadata"]
@@ -400,18 +414,34 @@ class Core:
 
 
 def _decode_continue(token: str) -> Obj:
+    raw = b""
     try:
-        decoded = orjson.loads(base64.urlsafe_b64decode(token))
+        raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+        decoded = orjson.loads(raw)
     except ValueError as wrong:
-        raise errors.bad_request("continue key is not valid: illegal base64 data") from wrong
+        first = f"'\\x{raw[0]:02x}'" if raw and not 32 <= raw[0] < 127 else repr(chr(raw[0])) if raw else "''"
+        raise errors.bad_request(
+            f"invalid continue token: continue key is not valid: invalid character {first} looking for beginning of "
+            "value"
+        ) from wrong
     if not isinstance(decoded, dict) or not {"id", "start"} <= decoded.keys():
-        raise errors.bad_request("continue key is not valid")
+        raise errors.bad_request("invalid continue token: continue key is not valid")
     return decoded
 
 
-def _uid_mismatch(res: Resource, name: str, wanted: str, have: str) -> ApiError:
-    why = f"Precondition failed: UID in precondition: {wanted}, UID in object meta: {have}"
+def _uid_mismatch(res: Resource, namespace: str, name: str, wanted: str, have: str) -> ApiError:
+    key = "/".join(filter(None, ("/registry", res.plural, namespace, name)))
+    why = (
+        f"StorageError: invalid object, Code: 4, Key: {key}, ResourceVersion: 0, AdditionalErrorMsg: Precondition "
+        f"failed: UID in precondition: {wanted}, UID in object meta: {have}"
+    )
     return errors.conflict(res.group, res.plural, name, why)
+
+
+def _with_version(obj: Obj, version: int) -> Stored:
+    """The last sight of an object that is gone."""
+    obj = {**obj, "metadata": {**obj["metadata"], "resourceVersion": str(version)}}
+    return Stored(obj, orjson.dumps(obj), version)
 
 
 def _seen(change: Change, namespace: str | None, query: Query) -> Event | None:

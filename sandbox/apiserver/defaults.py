@@ -293,6 +293,24 @@ def _endpoints(obj: Obj) -> None:
 def _endpointslice(obj: Obj) -> None:
     for port in obj.get("ports") or []:
         fill(port, {"name": "", "protocol": "TCP"})
+    for endpoint in obj.get("endpoints") or []:
+        endpoint.setdefault("conditions", {})
+
+
+def _event(obj: Obj) -> None:
+    for key in ("firstTimestamp", "lastTimestamp", "eventTime"):
+        obj.setdefault(key, None)
+    fill(obj, {"source": dict, "reportingComponent": "", "reportingInstance": ""})
+
+
+_NODE_INFO = ("machineID", "systemUUID", "bootID", "kernelVersion", "osImage", "containerRuntimeVersion",
+              "kubeletVersion", "kubeProxyVersion", "operatingSystem", "architecture")
+
+
+def _node(obj: Obj) -> None:
+    status = _sub(obj, "status")
+    fill(_sub(_sub(status, "daemonEndpoints"), "kubeletEndpoint"), {"Port": 0})
+    fill(_sub(status, "nodeInfo"), dict.fromkeys(_NODE_INFO, ""))
 
 
 def _hpa(obj: Obj) -> None:
@@ -383,6 +401,8 @@ _RULES: dict[str, Callable[[Obj], None]] = {
     "PersistentVolumeClaim": _claim,
     "Endpoints": _endpoints,
     "EndpointSlice": _endpointslice,
+    "Event": _event,
+    "Node": _node,
     "HorizontalPodAutoscaler": _hpa,
     "RoleBinding": _binding,
     "ClusterRoleBinding": _binding,

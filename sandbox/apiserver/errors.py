@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import orjson
+
 from sandbox.client import ApiError, Obj
 
 
@@ -23,6 +25,20 @@ class Cause:
 
 class Bare(ApiError):
     """An error whose `details` are there, but empty, as those of the generic handlers are."""
+
+
+class Undecodable(ApiError):
+    """The body does not fit the kind's type: 400, or 422 when a patch made it so."""
+
+    def __init__(self, version: str, kind: str, why: str, actual: str = "") -> None:
+        super().__init__(
+            400, "BadRequest", f'{actual or kind} in version "{version}" cannot be handled as a {kind}: {why}'
+        )
+        self.why = why
+
+    def in_patch(self, obj: Obj) -> ApiError:
+        shown = orjson.dumps(orjson.dumps(obj, option=orjson.OPT_SORT_KEYS).decode()).decode()
+        return invalid("", "", "", [Cause("FieldValueInvalid", f"Invalid value: {shown}: {self.why}", "patch")])
 
 
 def status_body(error: ApiError) -> Obj:
@@ -93,11 +109,17 @@ def bad_request(message: str) -> ApiError:
 
 def invalid(group: str, kind: str, name: str, causes: Sequence[Cause]) -> ApiError:
     """422; one cause is quoted as it is, several as a list."""
-    listed = ", ".join(f"{cause.field}: {cause.message}" for cause in causes)
-    text = listed if len(causes) == 1 else f"[{listed}]"
+    distinct = dict.fromkeys(f"{cause.field}: {cause.message}" for cause in causes)
+    listed = ", ".join(distinct)
+    text = listed if len(distinct) == 1 else f"[{listed}]"
     details = _details(group, kind, name)
     details["causes"] = [cause.body for cause in causes]
     return ApiError(422, "Invalid", f'{qualified(group, kind)} "{name}" is invalid: {text}', details)
+
+
+def internal(message: str) -> ApiError:
+    """500 as Go's bare errors end up: no reason."""
+    return ApiError(500, "", message)
 
 
 def expired(message: str) -> ApiError:

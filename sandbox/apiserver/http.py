@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -186,7 +187,7 @@ class Handler:
 
     def _list(self, request: web.BaseRequest, target: Target) -> web.Response:
         res, query = target.res, self._query(request, target)
-        limit, cont = _int(request.query, "limit") or 0, request.query.get("continue", "")
+        limit, cont = max(_int(request.query, "limit") or 0, 0), request.query.get("continue", "")
         self._check_list_version(request, cont)
         page = self._core.page(res, target.namespace, query, limit, cont)
         form = media.form(request)
@@ -204,9 +205,11 @@ class Handler:
         version, match = request.query.get("resourceVersion", ""), request.query.get("resourceVersionMatch", "")
         current = self._core.store.version
         if version and not version.isdigit():
-            raise errors.bad_request(
+            raise errors.internal(
                 f'resourceVersion: Invalid value: "{version}": strconv.ParseUint: parsing "{version}": invalid syntax'
             )
+        if cont and version not in ("", "0"):
+            raise errors.bad_request("specifying resource version is not allowed when using continue")
         if match and not version and not _flag(request.query, "watch"):
             raise params.invalid_options("ListOptions", "resourceVersionMatch", "Forbidden: resourceVersionMatch is "
                                          "forbidden unless resourceVersion is provided", "FieldValueForbidden")
@@ -232,17 +235,15 @@ class Handler:
             await stream.initial(self._core.select(res, target.namespace, query))
             if _flag(request.query, "sendInitialEvents"):
                 await stream.bookmark(initial_end=True)
-        try:
-            async with asyncio.timeout(seconds if seconds else WATCH_SECONDS):
-                await stream.run(self._core.watch(res, target.namespace, query, since))
-        except TimeoutError:
-            await stream.close()
-        except ApiError as error:
-            await response.write(orjson.dumps({"type": "ERROR", "object": errors.status_body(error)}) + b"\n")
-        except (ConnectionError, aiohttp.ClientError):
-            log.debug("watch of %s closed by the client", res.plural)
-            return response
-        await response.write_eof()
+        with contextlib.suppress(ConnectionError, aiohttp.ClientError):  # the client has gone
+            try:
+                async with asyncio.timeout(seconds if seconds else WATCH_SECONDS):
+                    await stream.run(self._core.watch(res, target.namespace, query, since))
+            except TimeoutError:
+                await stream.close()
+            except ApiError as error:
+                await response.write(orjson.dumps({"type": "ERROR", "object": errors.status_body(error)}) + b"\n")
+            await response.write_eof()
         return response
 
     # -- writing
@@ -260,6 +261,11 @@ class Handler:
         body = await media.body(request, res.kind)
         if verb == "create" and sub:
             return _json(self._post(target, body, write), 201)
+        if verb == "create" and res.key == "bindings":
+            name = (body.get("metadata") or {}).get("name", "")
+            pods = core.registry.find("", "v1", "pods")
+            assert pods is not None
+            return _json(subresources.bind(core, pods, space, name, body, write), 201)
         if verb == "create" and res.key in REVIEWS:
             return _json(reviews.answer(res, body, user, self._tokens, self._rules, space), 201)
         if sub == "scale":
@@ -267,7 +273,8 @@ class Handler:
         media.check_kind(core.registry, res, body)
         if verb == "create":
             return self._one(request, res, core.create(res, space, body, write), 201, write)
-        return self._one(request, res, core.update(res, space, name, body, write, sub), 200, write)
+        fresh = core.store.get(res.key, space, name) is None
+        return self._one(request, res, core.update(res, space, name, body, write, sub), 201 if fresh else 200, write)
 
     async def _patch(self, request: web.BaseRequest, target: Target, write: Write) -> web.StreamResponse:
         core, res, space, name, sub = self._core, target.res, target.space, target.name, target.sub
@@ -284,13 +291,25 @@ class Handler:
         body = await media.body(request, "DeleteOptions", optional=True)
         if not isinstance(body, dict):
             raise errors.bad_request("DeleteOptions must be an object")
+        if body.get("kind", "DeleteOptions") != "DeleteOptions":
+            kind, version = body["kind"], body.get("apiVersion")
+            raise errors.bad_request(
+                f'no kind "{kind}" is registered for version "{version}" in scheme "{media.SCHEME}"'
+            )
         options = {**body, **params.delete_options(request.query)}
         if body.get("dryRun"):
             write = replace(write, dry_run=True)
         params.check_propagation(options)
+        headers = _job_warning(res, options)
         if verb == "delete":
-            stored, gone = core.delete(res, target.space, target.name, options, write)
-            return self._deleted(request, res, stored, gone)
+            try:
+                stored, gone = core.delete(res, target.space, target.name, options, write)
+            except ApiError as error:
+                answer = failure(error)
+            else:
+                answer = self._deleted(request, res, stored, gone)
+            answer.headers.update(headers)
+            return answer
         found = core.delete_all(res, target.namespace, self._query(request, target), options, write)
         return _raw(_encode_list(res, Page(found, core.store.version)))
 
@@ -384,6 +403,16 @@ class _Stream:
 
 
 # -- small things of HTTP
+
+
+def _job_warning(res: Resource, options: Obj) -> dict[str, str]:
+    if res.key != "jobs.batch" or options.get("propagationPolicy") or options.get("orphanDependents") is not None:
+        return {}
+    text = (
+        "child pods are preserved by default when jobs are deleted; set propagationPolicy=Background to remove them or "
+        "set propagationPolicy=Orphan to suppress this warning"
+    )
+    return {"Warning": media.warning(text)}
 
 
 class NoSuchPage(ApiError):

@@ -17,7 +17,7 @@ from sandbox.client import ApiError
 JSON, YAML = "application/json", "application/yaml"
 MAX_BODY = 3 * 1024 * 1024
 _FORMS = ("Table", "PartialObjectMetadata", "PartialObjectMetadataList")
-_SCHEME = "pkg/api/legacyscheme/scheme.go:30"
+SCHEME = "pkg/api/legacyscheme/scheme.go:30"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +139,8 @@ def check_kind(registry: Registry, res: Resource, obj: Any) -> None:
     if registry.by_kind(group, short, kind) is not None:
         why = f"converting ({short}.{kind}) to ({_internal(res)}.{res.kind}): unknown conversion"
     else:
-        why = f'no kind "{kind}" is registered for version "{version}" in scheme "{_SCHEME}"'
-    raise errors.bad_request(f'{kind} in version "{short}" cannot be handled as a {res.kind}: {why}')
+        why = f'no kind "{kind}" is registered for version "{version}" in scheme "{SCHEME}"'
+    raise errors.Undecodable(short, res.kind, why, kind)
 
 
 def _internal(res: Resource) -> str:

@@ -41,7 +41,7 @@ def write_options(query: Query, verb: str) -> WriteOptions:
     kind = _KINDS.get(verb, "DeleteOptions")
     dry = query.get("dryRun")
     if dry not in (None, "", "All"):
-        raise invalid_options(kind, "dryRun", f'Unsupported value: "{dry}": supported values: "All"')
+        raise invalid_options(kind, "dryRun", f'Unsupported value: ["{dry}"]: supported values: "All"')
     validation = query.get("fieldValidation", "")
     if validation not in ("", "Ignore", "Warn", "Strict"):
         text = f'Unsupported value: "{validation}": supported values: "", "Ignore", "Strict", "Warn"'
@@ -66,5 +66,8 @@ def check_propagation(options: Obj) -> None:
     """Raises ApiError(422)."""
     policy = options.get("propagationPolicy")
     if policy not in (None, "", "Foreground", "Background", "Orphan"):
-        text = f'Unsupported value: "{policy}": supported values: "Background", "Foreground", "Orphan", nil'
+        text = f'Unsupported value: "{policy}": supported values: "Foreground", "Background", "Orphan", "nil"'
         raise invalid_options("DeleteOptions", "propagationPolicy", text)
+    if policy and options.get("orphanDependents") is not None:
+        text = f'Invalid value: "{policy}": orphanDependents and deletionPropagation cannot be both set'
+        raise invalid_options("DeleteOptions", "propagationPolicy", text, "FieldValueInvalid")

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from sandbox.apiserver.errors import bad_request
+from sandbox.apiserver.errors import Bare, bad_request, internal
 from sandbox.client import ApiError, Obj
 
 Json = Any
@@ -36,14 +36,16 @@ class _Refused(Exception):
 def json_patch(target: Obj, patch: Json) -> Obj:
     """RFC 6902. Raises ApiError: 400 when malformed, 422 when it cannot be carried out."""
     if not isinstance(patch, list) or not all(isinstance(op, dict) for op in patch):
-        raise bad_request("error decoding patch: json: cannot unmarshal object into Go value of type jsonpatch.Patch")
+        raise bad_request(
+            "error decoding patch: json: cannot unmarshal object into Go value of type []handlers.jsonPatchOp"
+        )
     result: Json = copy.deepcopy(target)
     for op in patch:
         try:
             result = _operate(result, op)
         except _Refused as refused:
-            raise ApiError(422, "Invalid", f"the server rejected our request due to an error in our request: {refused}",
-                           ) from refused
+            text = "the server rejected our request due to an error in our request"
+            raise Bare(422, "Invalid", text) from refused
     return result  # type: ignore[no-any-return]
 
 
@@ -73,10 +75,12 @@ def _operate(doc: Json, op: Obj) -> Json:
         case "remove":
             _remove(doc, tokens, path)
         case "replace":
-            _walk(doc, tokens, path)
             if not tokens:
                 return op.get("value")
-            _set(_walk(doc, tokens[:-1], path), tokens[-1], op.get("value"))
+            parent = _walk(doc, tokens[:-1], path)
+            if isinstance(parent, list):
+                _walk(doc, tokens, path)
+            _set(parent, tokens[-1], op.get("value"))  # a missing key is added: the real server's library is lenient
         case "test":
             if _walk(doc, tokens, path) != op.get("value"):
                 raise _Refused(f"testing path {path!r} failed")
@@ -174,7 +178,12 @@ def _strategic_map(target: Json, patch: Obj, parent: str = "") -> Obj:
     if isinstance(retain, list):
         result = {key: value for key, value in result.items() if key in retain}
     for key, value in patch.items():
-        if key in _DIRECTIVES or key.startswith("$setElementOrder/"):
+        if key in _DIRECTIVES:
+            continue
+        if key.startswith("$setElementOrder/"):
+            field = key.split("/", 1)[1]
+            if field not in patch and isinstance(result.get(field), list):
+                result[field] = _strategic_list(field, result[field], [], parent, value)
             continue
         if key.startswith("$deleteFromPrimitiveList/"):
             field = key.split("/", 1)[1]
@@ -184,32 +193,32 @@ def _strategic_map(target: Json, patch: Obj, parent: str = "") -> Obj:
         elif isinstance(value, dict):
             result[key] = _strategic_map(result.get(key), value, key)
         elif isinstance(value, list):
-            result[key] = _strategic_list(key, result.get(key), value, parent)
+            order = patch.get(f"$setElementOrder/{key}")
+            result[key] = _strategic_list(key, result.get(key), value, parent, order)
         else:
             result[key] = value
-    for key, order in patch.items():
-        if key.startswith("$setElementOrder/"):
-            _reorder(result, key.split("/", 1)[1], order, parent)
     return result
 
 
-def _strategic_list(field: str, target: Json, patch: list[Json], parent: str) -> list[Json]:
+def _strategic_list(field: str, target: Json, patch: list[Json], parent: str, order: list[Json] | None) -> list[Json]:
     old: list[Json] = list(target) if isinstance(target, list) else []
     if field in _SETS:
-        return old + [item for item in patch if item not in old]
+        merged = old + [item for item in patch if item not in old]
+        return _arrange(merged, old, order or patch, lambda item: item)
     key = _merge_key(field, [*old, *patch], parent)
     if key is None or not all(isinstance(item, dict) for item in patch):
         return [_strip(item) for item in patch]
     if any(item.get("$patch") == "replace" for item in patch):
         return [_strip(item) for item in patch if item.get("$patch") != "replace"]
-    return _merge_items(field, old, patch, key)
+    return _arrange(_merge_items(field, old, patch, key), old, order or patch, lambda item: item.get(key))
 
 
 def _merge_items(field: str, old: list[Json], patch: list[Json], key: str) -> list[Json]:
     result = list(old)
     for item in patch:
         if key not in item:
-            raise bad_request(f"map: {item} does not contain declared merge key: {key}")
+            shown = " ".join(f"{name}:{value}" for name, value in sorted(item.items()))
+            raise internal(f"map: map[{shown}] does not contain declared merge key: {key}")
         at = next((i for i, have in enumerate(result) if have.get(key) == item[key]), None)
         if item.get("$patch") == "delete":
             result = [have for have in result if have.get(key) != item[key]]
@@ -220,28 +229,29 @@ def _merge_items(field: str, old: list[Json], patch: list[Json], key: str) -> li
     return result
 
 
+def _arrange(merged: list[Json], old: list[Json], order: list[Json], ident: Callable[[Json], Json]) -> list[Json]:
+    """The order of a merged list: the patch's own, with the server's other items where the server had them.
+
+    As `mergeSortedSlice` of apimachinery's strategicpatch: an item that only the server has goes before a
+    patched one only if both were there and it stood before.
+    """
+    wanted = [ident(item) for item in order]
+    before = [ident(item) for item in old]
+    patched = sorted((item for item in merged if ident(item) in wanted), key=lambda item: wanted.index(ident(item)))
+    others = [item for item in merged if ident(item) not in wanted]
+    result = []
+    while patched and others:
+        left, right = ident(others[0]), ident(patched[0])
+        first = left in before and right in before and before.index(left) < before.index(right)
+        result.append((others if first else patched).pop(0))
+    return result + patched + others
+
+
 def _strip(item: Json) -> Json:
     """Without directives: what is put in place as a whole must not carry them."""
     if isinstance(item, dict):
         return {key: _strip(value) for key, value in item.items() if key not in _DIRECTIVES and value is not None}
     return item
-
-
-def _reorder(result: Obj, field: str, order: list[Json], parent: str) -> None:
-    items = result.get(field)
-    if not isinstance(items, list) or not items:
-        return
-    key = _merge_key(field, items, parent)
-    identity: Callable[[Json], Json] = (lambda item: item.get(key)) if key else (lambda item: item)
-    wanted = [entry.get(key) if key and isinstance(entry, dict) else entry for entry in order]
-    rank = {value: i for i, value in enumerate(wanted)}
-    # Items that the order does not name keep their place relative to their predecessor.
-    placed: list[tuple[int, int, Json]] = []
-    last = -1
-    for i, item in enumerate(items):
-        last = rank.get(identity(item), last)
-        placed.append((last, i, item))
-    result[field] = [item for _, _, item in sorted(placed, key=lambda entry: entry[:2])]
 
 
 CONTENT_TYPES = {
@@ -262,7 +272,6 @@ def apply(kind: str, target: Obj, body: Json, *, custom: bool) -> Obj:
             415,
             "UnsupportedMediaType",
             "the body of the request was in an unknown format - accepted media types include: "
-            "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml, "
-            "application/apply-patch+cbor",
+            "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml",
         )
     return strategic(target, body) if kind == "strategic" else merge(target, body)  # type: ignore[no-any-return]

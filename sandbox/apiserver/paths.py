@@ -40,7 +40,7 @@ _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch"}
 def verb(method: str, address: Address, *, watch: bool) -> str:
     """The verb of a request, as authorization and discovery name it. Raises ApiError(405)."""
     if method in ("GET", "HEAD"):
-        return "watch" if watch else "get" if address.name else "list"
+        return "get" if address.name else "watch" if watch else "list"
     if method == "DELETE" and not address.sub:
         return "delete" if address.name else "deletecollection"
     found = _VERBS.get(method)

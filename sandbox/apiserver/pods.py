@@ -125,14 +125,30 @@ def qos(spec: Obj) -> str:
     return "Guaranteed" if guaranteed else "Burstable"
 
 
-def before_update(new: Obj, old: Obj) -> None:
-    """What was injected at admission stays, also when the client's copy does not have it."""
+def before_create(obj: Obj) -> None:
+    spec = obj["spec"]
+    obj["status"] = {"phase": "Pending"}
+    if spec.get("terminationGracePeriodSeconds", 0) < 0:
+        spec["terminationGracePeriodSeconds"] = 1
+    if spec.get("schedulingGates"):
+        obj["status"]["conditions"] = [
+            {
+                "type": "PodScheduled",
+                "status": "False",
+                "lastProbeTime": None,
+                "lastTransitionTime": None,
+                "reason": "SchedulingGated",
+                "message": "Scheduling is blocked due to non-empty scheduling gates",
+            }
+        ]
 
 
 def grace(obj: Obj, asked: int | None) -> int:
     """Seconds; 0 when no kubelet has to agree."""
     spec, status = obj["spec"], obj.get("status") or {}
-    period = asked if asked is not None else spec.get("terminationGracePeriodSeconds", 30)
+    period = int(asked if asked is not None else spec.get("terminationGracePeriodSeconds", 30))
+    if period < 0:
+        period = 1
     if not spec.get("nodeName") or status.get("phase") in ("Succeeded", "Failed"):
         return 0
-    return max(int(period), 0)
+    return period

@@ -76,6 +76,13 @@ BUILTIN: tuple[Resource, ...] = (
     _core("persistentvolumeclaims", "PersistentVolumeClaim", "pvc", subs=_STATUS),
     _core("resourcequotas", "ResourceQuota", "quota", subs=_STATUS),
     _core("limitranges", "LimitRange", "limits"),
+    Resource("", "v1", "bindings", "Binding", verbs=("create",)),
+    # Known, but nothing acts on them here: what is written to them is refused (see strategy.UNSUPPORTED).
+    _core("persistentvolumes", "PersistentVolume", "pv", namespaced=False, subs=_STATUS),
+    replace(_core("replicationcontrollers", "ReplicationController", "rc", subs=("scale", "status")),
+            categories=("all",)),
+    Resource("networking.k8s.io", "v1", "ingresses", "Ingress", True, ("ing",), (), _STATUS),
+    Resource("storage.k8s.io", "v1", "storageclasses", "StorageClass", False, ("sc",)),
     Resource("events.k8s.io", "v1", "events", "Event", True, ("ev",), alias="events"),
     _apps("deployments", "Deployment", "deploy"),
     _apps("replicasets", "ReplicaSet", "rs"),

@@ -6,18 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from sandbox.apiserver import validation
 from sandbox.apiserver.errors import bad_request
-from sandbox.client import Obj
+from sandbox.client import ApiError, Obj
 
 Labels = Mapping[str, str]
-_NAME = r"(?:[A-Za-z0-9](?:[-A-Za-z0-9_./]*[A-Za-z0-9])?)"
-_VALUE = r"(?:[A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?)?"
-_SET = re.compile(rf"({_NAME})\s+(in|notin)\s*\(([^()]*)\)$")
-_EQUAL = re.compile(rf"({_NAME})\s*(==|=|!=)\s*({_VALUE})$")
-_ORDER = re.compile(rf"({_NAME})\s*(>|<)\s*(-?\d+)$")
-_EXISTS = re.compile(rf"(!?)\s*({_NAME})$")
-
-
 @dataclass(frozen=True, slots=True)
 class Requirement:
     """One term; `op` is in, notin, exists, absent, gt or lt."""
@@ -55,29 +48,89 @@ class LabelSelector:
         return all(req.matches(labels or {}) for req in self.requirements)
 
 
-def _terms(text: str) -> list[str]:
-    """Split at commas outside parentheses."""
-    return [term.strip() for term in re.split(r",(?![^()]*\))", text)]
+# The grammar, and the errors, of apimachinery's labels/selector.go.
+_TOKENS = re.compile(r"\s*(?:(==|!=|[()!,=<>])|([^()!,=<>\s]+))")
+_OPS = {"=": "in", "==": "in", "!=": "notin", ">": "gt", "<": "lt"}
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self._tokens = ["".join(found) for found in _TOKENS.findall(text)]
+
+    def _peek(self) -> str:
+        return self._tokens[0] if self._tokens else ""
+
+    def _next(self) -> str:
+        return self._tokens.pop(0) if self._tokens else ""
+
+    def parse(self) -> list[Requirement]:
+        found: list[Requirement] = []
+        while True:
+            token = self._peek()
+            if token in ("", ")", "(", "=", "==", "!=", ">", "<") or (token == "," and not found):
+                if not token and not found:
+                    return found
+                raise bad_request(f"found '{token}', expected: !, identifier, or 'end of string'")
+            found.append(self._requirement())
+            token = self._next()
+            if not token:
+                return found
+            if token != ",":
+                raise bad_request(f"found '{token}', expected: ',' or 'end of string'")
+            if not self._peek():
+                raise bad_request("found '', expected: identifier after ','")
+
+    def _requirement(self) -> Requirement:
+        absent = self._peek() == "!"
+        if absent:
+            self._next()
+        key = self._next()
+        if why := validation.qualified_name(key):
+            raise _unparsed(f'<nil>: Invalid value: "{key}": {why[0]}')
+        if absent or self._peek() in ("", ","):
+            return Requirement(key, "absent" if absent else "exists")
+        token = self._next()
+        if token in ("in", "notin"):
+            return Requirement(key, token, self._checked(key, self._values()))
+        if token not in _OPS:
+            raise _unparsed(f"found '{token}', expected: in, notin, =, ==, !=, gt, lt")
+        value = "" if self._peek() in ("", ",") else self._next()
+        if token in "<>" and not re.fullmatch(r"-?\d+", value):
+            raise _unparsed(
+                f'values[0]: Invalid value: "{value}": for \'Gt\', \'Lt\' operators, the value must be an integer'
+            )
+        return Requirement(key, _OPS[token], self._checked(key, [value]))
+
+    def _values(self) -> list[str]:
+        token = self._next()
+        if token != "(":
+            raise _unparsed(f"found '{token}' expected: '('")
+        values, last = [], ","
+        while (token := self._next()) != ")":
+            if not token:
+                raise _unparsed("found '', expected: ',', or ')'")
+            if token != ",":
+                values.append(token)
+            elif last == ",":
+                values.append("")
+            last = token
+        return values if values and last != "," else [*values, ""]
+
+    @staticmethod
+    def _checked(key: str, values: list[str]) -> frozenset[str]:
+        for i, value in enumerate(values):
+            if why := validation.label_value(value):
+                raise _unparsed(f'values[{i}][{key}]: Invalid value: "{value}": {why[0]}')
+        return frozenset(values)
+
+
+def _unparsed(why: str) -> ApiError:
+    return bad_request(f"unable to parse requirement: {why}")
 
 
 def parse_labels(text: str) -> LabelSelector:
     """Raises ApiError(400)."""
-    if not text.strip():
-        return LabelSelector()
-    return LabelSelector(tuple(_requirement(term, text) for term in _terms(text)))
-
-
-def _requirement(term: str, whole: str) -> Requirement:
-    if found := _SET.match(term):
-        values = frozenset(value.strip() for value in found[3].split(","))
-        return Requirement(found[1], found[2], values)
-    if found := _EQUAL.match(term):
-        return Requirement(found[1], "notin" if found[2] == "!=" else "in", frozenset({found[3]}))
-    if found := _ORDER.match(term):
-        return Requirement(found[1], "gt" if found[2] == ">" else "lt", frozenset({found[3]}))
-    if found := _EXISTS.match(term):
-        return Requirement(found[2], "absent" if found[1] else "exists")
-    raise bad_request(f"unable to parse requirement: {term!r} in {whole!r}")
+    return LabelSelector(tuple(_Parser(text).parse())) if text.strip() else LabelSelector()
 
 
 def from_object(selector: Obj | None) -> LabelSelector | None:
@@ -163,8 +216,11 @@ def parse_fields(text: str, key: str, extra: tuple[str, ...] = ()) -> FieldSelec
         if not found:
             raise bad_request(f"invalid selector: '{text}'; can't understand '{term}'")
         field, equal, value = found[1], found[2] != "!=", found[3]
-        if field not in known:
+        if field not in known and key in _FIELDS:
             raise bad_request(f"field label not supported: {field}")
+        if field not in known:
+            listed = ", ".join(f'"{name}"' for name in known)
+            raise bad_request(f'"{field}" is not a known field selector: only {listed}')
         if field == "metadata.name" and equal:
             name = value
         terms.append(FieldTerm(_read(field), equal, value))

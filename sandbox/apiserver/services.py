@@ -6,6 +6,8 @@ import ipaddress
 import secrets
 from typing import TYPE_CHECKING
 
+import orjson
+
 from sandbox.apiserver import errors
 from sandbox.client import ApiError, Obj
 
@@ -48,17 +50,14 @@ def allocate(core: Core, obj: Obj, old: Obj | None) -> None:
 
 
 def _invalid(obj: Obj, field: str, value: object, why: str) -> ApiError:
-    shown = f'"{value}"' if isinstance(value, str) else str(value)
+    shown = orjson.dumps(value).decode()
     cause = errors.Cause("FieldValueInvalid", f"Invalid value: {shown}: {why}", field)
     return errors.invalid("", "Service", obj["metadata"]["name"], [cause])
 
 
 def _check_address(obj: Obj, address: str, others: list[Obj]) -> None:
     if ipaddress.ip_address(address) not in RANGE:
-        why = (
-            f"failed to allocate IP {address}: the provided IP ({address}) is not in the valid range. "
-            f"The range of valid IPs is {RANGE}"
-        )
+        why = f"failed to allocate IP {address}: the provided network does not match the current range"
         raise _invalid(obj, "spec.clusterIPs", [address], why)
     if any(other.get("clusterIP") == address for other in others):
         raise _invalid(obj, "spec.clusterIPs", [address], f"failed to allocate IP {address}: provided IP is already "

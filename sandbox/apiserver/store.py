@@ -116,9 +116,9 @@ class Store:
         return stored
 
     def remove(self, key: str, obj: Obj) -> Stored:
-        """Remove; returns the last state with the deletion's version. `obj` is what it looked like at its end."""
+        """Remove the object of that name; returns its last state with the deletion's version."""
         old = self.table(key).pop(_place(obj))
-        stored = self._stamp(obj)
+        stored = self._stamp(old.obj)
         self._record(key, Change(stored.version, "DELETED", stored, old))
         return stored
 
@@ -149,6 +149,11 @@ class Store:
 
     def unsubscribe(self, subscription: Subscription) -> None:
         self._subscriptions.get(subscription.key, set()).discard(subscription)
+
+    def begin(self, key: str) -> None:
+        """The resource is served from now on: its history starts here."""
+        if key not in self._logs:
+            self._forgotten[key] = self.version
 
     def end_subscriptions(self, key: str) -> None:
         for subscription in self._subscriptions.get(key, ()):

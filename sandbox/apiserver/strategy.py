@@ -12,7 +12,7 @@ from sandbox.apiserver import errors, pods, services
 from sandbox.apiserver.authn import Identity
 from sandbox.apiserver.crds import KEY
 from sandbox.apiserver.resources import Resource
-from sandbox.client import Obj
+from sandbox.client import ApiError, Obj
 
 if TYPE_CHECKING:
     from sandbox.apiserver.core import Core
@@ -52,6 +52,8 @@ _GENERATIONS = frozenset(
         "EndpointSlice",
     }
 )
+# Nothing in the sandbox acts on these; accepting them would be a lie.
+UNSUPPORTED = frozenset({"PersistentVolume", "ReplicationController", "Ingress", "StorageClass"})
 # Kinds whose rules look into `spec`: it is there, if empty, as a Go struct is.
 _WITH_SPEC = frozenset({
     "Pod", "Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "Job", "CronJob", "Service", "PodDisruptionBudget",
@@ -72,7 +74,9 @@ _CREATE_ON_UPDATE = frozenset(
     }
 )
 _VERSION_ON_UPDATE = frozenset({"Lease", "PodDisruptionBudget", "CustomResourceDefinition"})
-_GENERATION_COUNTS_ANNOTATIONS = frozenset({"Deployment"})
+# Metadata that counts as wanted state too.
+_GENERATION_COUNTS = {"Deployment": "annotations", "EndpointSlice": "labels"}
+_NOT_READY = "node.kubernetes.io/not-ready"
 
 
 def creates_on_update(res: Resource) -> bool:
@@ -88,6 +92,8 @@ def before_create(core: Core, res: Resource, obj: Obj, user: Identity) -> None:
     if res.custom is not None:
         core.custom.before_create(res, obj)
         return
+    if res.kind in UNSUPPORTED:
+        raise ApiError(501, "NotImplemented", f"the sandbox has nothing that would act on a {res.kind}")
     if res.kind in _GENERATIONS:
         obj["metadata"]["generation"] = 1
     if res.kind in _WITH_SPEC and not isinstance(obj.get("spec"), dict):
@@ -96,10 +102,9 @@ def before_create(core: Core, res: Resource, obj: Obj, user: Identity) -> None:
         obj["status"] = dict(_INITIAL_STATUS[res.kind])
     match res.kind:
         case "Pod":
-            obj["status"] = {"phase": "Pending"}
+            pods.before_create(obj)
         case "Node":
-            obj.setdefault("spec", {})
-            obj.setdefault("status", {})
+            _taint_new_node(obj["spec"])
         case "Namespace":
             spec = obj.get("spec") or {}
             finalizers = spec.get("finalizers") or []
@@ -115,6 +120,13 @@ def before_create(core: Core, res: Resource, obj: Obj, user: Identity) -> None:
             _sub(obj["metadata"], "annotations").setdefault("deprecated.daemonset.template.generation", "1")
         case "CustomResourceDefinition":
             core.custom.before_create_crd(obj)
+
+
+def _taint_new_node(spec: Obj) -> None:
+    """Nothing is scheduled before the node life cycle controller has seen the node Ready."""
+    taints = spec.get("taints") or []
+    if not any(taint.get("key") == _NOT_READY and taint.get("effect") == "NoSchedule" for taint in taints):
+        spec["taints"] = [*taints, {"key": _NOT_READY, "effect": "NoSchedule"}]
 
 
 def _sub(obj: Obj, key: str) -> Obj:
@@ -181,8 +193,6 @@ def before_update(core: Core, res: Resource, new: Obj, old: Obj, sub: str) -> Ob
             services.keep_allocation(new, old)
         case "CustomResourceDefinition":
             core.custom.before_update_crd(new, old)
-        case "Pod":
-            pods.before_update(new, old)
     return new
 
 
@@ -219,8 +229,8 @@ def count_generation(res: Resource, new: Obj, old: Obj, sub: str) -> None:
     if "status" in res.subs or res.custom is None:
         ignored.add("status")
     changed = {k: v for k, v in new.items() if k not in ignored} != {k: v for k, v in old.items() if k not in ignored}
-    if res.kind in _GENERATION_COUNTS_ANNOTATIONS and res.custom is None and sub != "status":
-        changed |= new["metadata"].get("annotations") != old["metadata"].get("annotations")
+    if res.custom is None and sub != "status" and (key := _GENERATION_COUNTS.get(res.kind)):
+        changed |= new["metadata"].get(key) != old["metadata"].get(key)
     if changed:
         new["metadata"]["generation"] = before + 1
 
@@ -240,6 +250,7 @@ def on_delete(core: Core, res: Resource, obj: Obj) -> None:
     """A deletion begins and will take a while."""
     if res.key == KEY:
         core.custom.on_delete_crd(obj)
+        obj["metadata"].pop("deletionGracePeriodSeconds", None)
     if res.key == "namespaces":
         obj["status"] = {**(obj.get("status") or {}), "phase": "Terminating"}
         obj["metadata"].pop("deletionGracePeriodSeconds", None)

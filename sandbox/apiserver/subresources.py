@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from sandbox.apiserver import errors, patch
@@ -21,10 +22,12 @@ TOKEN_SECONDS = 3600
 
 def bind(core: Core, pods: Resource, namespace: str, name: str, body: Obj, write: Write) -> Obj:
     """Give a pod its node; 409 when it has one."""
-    target = (body.get("target") or {}).get("name")
+    ref = body.get("target") or {}
+    target = ref.get("name")
+    if ref.get("kind") not in (None, "", "Node"):
+        raise errors.internal(f'target.kind: Unsupported value: "{ref["kind"]}": supported values: "Node", "<empty>"')
     if not target:
-        cause = errors.Cause("FieldValueRequired", "Required value", "target.name")
-        raise errors.invalid("", "Binding", name, [cause])
+        raise errors.internal("target.name: Required value")
     pod = core.get(pods, namespace, name)
     meta = pod.obj["metadata"]
     wanted = (body.get("metadata") or {}).get("uid")
@@ -33,6 +36,8 @@ def bind(core: Core, pods: Resource, namespace: str, name: str, body: Obj, write
         raise errors.conflict("", "pods", name, why)
     if meta.get("deletionTimestamp"):
         raise errors.conflict("", "pods/binding", name, f"pod {name} is being deleted, cannot be assigned to a host")
+    if pod.obj["spec"].get("schedulingGates"):
+        raise errors.conflict("", "pods/binding", name, f"pod {name} has non-empty .spec.schedulingGates")
     if node := pod.obj["spec"].get("nodeName"):
         raise errors.conflict("", "pods/binding", name, f'pod {name} is already assigned to node "{node}"')
 
@@ -53,14 +58,38 @@ def bind(core: Core, pods: Resource, namespace: str, name: str, body: Obj, write
 
 def evict(core: Core, pods: Resource, namespace: str, name: str, body: Obj, write: Write) -> Obj:
     """Delete a pod if its disruption budget lets it go; 429 when not."""
+    if (body.get("metadata") or {}).get("name") != name:
+        raise errors.bad_request("name in URL does not match name in Eviction object")
     pod = core.get(pods, namespace, name)
     options: Obj = dict(body.get("deleteOptions") or {})
+    if options.get("dryRun"):
+        write = replace(write, dry_run=True)
     if not _ignores_budget(pod.obj):
         budget = _budget(core, pod.obj)
         if budget is not None and not _unready_may_go(pod.obj, budget.obj):
             _take(core, budget, name, write)
+    if pod.obj["spec"].get("nodeName") and not write.dry_run:
+        _mark(core, pods, namespace, name)
     core.delete(pods, namespace, name, options, write)
     return {**SUCCESS, "code": 201}
+
+
+def _mark(core: Core, pods: Resource, namespace: str, name: str) -> None:
+    """Tell the pod's readers why it goes."""
+    pod = core.get(pods, namespace, name).copy()
+    conditions = [c for c in pod["status"].get("conditions") or [] if c["type"] != "DisruptionTarget"]
+    conditions.append(
+        {
+            "type": "DisruptionTarget",
+            "status": "True",
+            "lastProbeTime": None,
+            "lastTransitionTime": now(),
+            "reason": "EvictionByEvictionAPI",
+            "message": "Eviction API: evicting",
+        }
+    )
+    pod["status"]["conditions"] = conditions
+    core.store.put(pods.key, pod)
 
 
 def _ignores_budget(pod: Obj) -> bool:

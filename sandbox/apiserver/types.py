@@ -21,7 +21,7 @@ from sandbox.client import Obj
 
 _QUANTITY = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+|[numkKMGTPE]i?)?")
 _QUANTITY_ERROR = "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'"
-_GO_NAMES = {"quantity": "resource.Quantity", "intstr": "intstr.IntOrString", "time": "v1.Time", "bytes": "[]uint8"}
+_GO_NAMES = {"quantity": "resource.Quantity", "intstr": "intstr.IntOrString", "time": "v1.Time", "microtime": "v1.MicroTime", "bytes": "[]uint8"}
 _BOUNDS = {"int32": 2**31, "int64": 2**63}
 
 
@@ -53,7 +53,7 @@ class _Decoder:
             return self._list(type[2:], value, struct, path, at)
         if type.startswith("{}"):
             return self._map(type[2:], value, struct, path, at)
-        if type in ("any", "time"):
+        if type == "any":
             return value
         fields = _table()["types"].get(type)
         if fields is None:
@@ -133,7 +133,27 @@ def _scalar(type: str, value: Any, struct: str, path: str) -> Any:
             return str(value)
         case "bytes" if isinstance(value, str):
             return _checked_base64(value)
+        case "time" | "microtime" if isinstance(value, str):
+            return _checked_time(type, value)
     raise _mismatch(value, struct, path, _go(type))
+
+
+_TIMES = {
+    "time": (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)"), "2006-01-02T15:04:05Z07:00"),
+    "microtime": (
+        re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}(Z|[+-]\d\d:\d\d)"),
+        "2006-01-02T15:04:05.000000Z07:00",
+    ),
+}
+
+
+def _checked_time(type: str, value: str) -> str:
+    pattern, layout = _TIMES[type]
+    if not pattern.fullmatch(value):
+        raise _Wrong(f'parsing time "{value}" as "{layout}": cannot parse "{value}" as "2006"')
+    if type == "time" and "." in value:
+        value = re.sub(r"\.\d+", "", value)  # whole seconds
+    return value
 
 
 def _checked_base64(value: str) -> str:
@@ -157,8 +177,7 @@ def decode(api_version: str, kind: str, obj: Obj) -> tuple[Obj, list[str]]:
     try:
         return decoder.decode(type, obj, type, "", ""), decoder.unknown
     except _Wrong as wrong:
-        version = api_version.rsplit("/", 1)[-1]
-        raise errors.bad_request(f'{kind} in version "{version}" cannot be handled as a {kind}: {wrong}') from wrong
+        raise errors.Undecodable(api_version.rsplit("/", 1)[-1], kind, str(wrong)) from wrong
 
 
 def decode_meta(version: str, kind: str, meta: Obj) -> tuple[Obj, list[str]]:
@@ -167,4 +186,4 @@ def decode_meta(version: str, kind: str, meta: Obj) -> tuple[Obj, list[str]]:
     try:
         return decoder.decode("ObjectMeta", meta, "ObjectMeta", "metadata", "metadata"), decoder.unknown
     except _Wrong as wrong:
-        raise errors.bad_request(f'{kind} in version "{version}" cannot be handled as a {kind}: {wrong}') from wrong
+        raise errors.Undecodable(version, kind, str(wrong)) from wrong
