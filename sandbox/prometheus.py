@@ -41,7 +41,7 @@ def config(clocks: Clocks) -> str:
         f"{meta}namespace": "namespace",
         f"{meta}pod_name": "pod",
         f"{meta}pod_node_name": "node",
-        f"{meta}pod_label_topology_kubernetes_io_zone": "zone",
+        f"{meta}node_label_topology_kubernetes_io_zone": "zone",
         f"{meta}pod_label_app": "app",
     }
     port = f"{meta}pod_annotation_prometheus_io_port"

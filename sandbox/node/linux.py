@@ -17,6 +17,7 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
+ROOT = 0  # not a namespace: `namespaces` gives a process's root directory under it
 
 MS_RDONLY = 1
 MS_NOSUID = 2
@@ -116,9 +117,11 @@ def fork(pidns: int | None = None, *, new_pidns: bool = False) -> int:
 
 
 def namespaces(pid: int) -> dict[int, int]:
-    """Open namespaces of another process, to be entered in this order: kind → fd."""
+    """Open namespaces and the root directory of another process, to be entered in this order: kind → fd."""
+    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_CLOEXEC)
     kinds = {"pid": CLONE_NEWPID, "net": CLONE_NEWNET, "ipc": CLONE_NEWIPC, "uts": CLONE_NEWUTS, "mnt": CLONE_NEWNS}
-    return {kind: os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name, kind in kinds.items()}
+    found = {kind: os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name, kind in kinds.items()}
+    return {**found, ROOT: root}
 
 
 def start_ticks(pid: int) -> int | None:

@@ -209,7 +209,10 @@ def _prepare(
         else:
             mounts.apply([Mount(**item) for item in order["mounts"]])
     for kind, fd in spaces.items():
-        if kind != linux.CLONE_NEWPID:  # entered by the fork
+        if kind == linux.ROOT:
+            os.fchdir(fd)
+            os.chroot(".")
+        elif kind != linux.CLONE_NEWPID:  # entered by the fork
             linux.setns(fd, kind)
     os.chdir(order["cwd"])
     null = os.open(os.devnull, os.O_RDONLY)
