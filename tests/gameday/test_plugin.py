@@ -65,8 +65,12 @@ def pytest_of(tmp_path: Path, tests: str, *options: str) -> subprocess.Completed
 
 @pytest.mark.parametrize(
     ("verdict", "code", "element", "word"),
-    [("PASS", 0, None, "1 passed"), ("FAIL", 1, "failure", "1 failed"), ("ERROR", 1, "error", "1 error")]
-    + [("INCONCLUSIVE", 1, "error", "1 inconclusive")],
+    [
+        ("PASS", 0, None, "1 passed"),
+        ("FAIL", 1, "failure", "1 failed"),
+        ("ERROR", 1, "error", "1 error"),
+        ("INCONCLUSIVE", 1, "error", "1 inconclusive"),
+    ],
 )
 def test_the_verdict_is_the_outcome(tmp_path: Path, verdict: str, code: int, element: str | None, word: str) -> None:
     # The test itself asserts nothing: the plugin decides.
