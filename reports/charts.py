@@ -123,6 +123,11 @@ def _shade(plot: Plot, on: Axis) -> None:
                 propagate_hover=True,
             )
         )
+    for span in on.unsure:
+        colour = RED if span.name == "F" else GREEN
+        plot.add_layout(
+            BoxAnnotation(left=span.start, right=span.end, fill_color=colour, fill_alpha=0.3, line_color=None)
+        )
     for phase in on.phases[1:]:
         plot.add_layout(_upright(phase.start, GREY, "dotted"))
     if on.back is not None:
@@ -141,16 +146,18 @@ def _name_phases(plot: Plot, on: Axis) -> None:
     if on.fault:
         plot.add_layout(_caption(on.fault.start, top, f"fault: {on.fault.name}"[:30], 1, colour=RED))
     if on.back is not None:
-        plot.add_layout(_caption(on.back, top, "R: service is back", 2, colour=GREEN))
+        late = on.back > on.start + 0.65 * (on.end - on.start)
+        plot.add_layout(_caption(on.back, top, "R: service is back", 2, colour=GREEN, before=late))
 
 
-def _caption(x: float, top: float, text: str, line: int, colour: str = "") -> Label:
+def _caption(x: float, top: float, text: str, line: int, colour: str = "", *, before: bool = False) -> Label:
     made = Label(
         x=x,
         y=top,
-        text=text.replace("$$", "$"),
+        text=_plain(text),
         text_font_size="11px",
-        x_offset=4,
+        x_offset=-4 if before else 4,
+        text_align="right" if before else "left",
         y_offset=-2 - 14 * line,
         text_baseline="top",
         text_font_style="bold" if colour else "normal",
@@ -284,10 +291,11 @@ def _stack(plot: Plot, bins: view.Bins, fills: Mapping[str, tuple[str, str]], na
             hatch_pattern=hatch,
             hatch_color="black",
             hatch_alpha=0.28,
+            name=f"area {name}",
             hatch_scale=7,
             hatch_weight=1,
         )
-        items.append(LegendItem(label=names.get(name, name), renderers=[quads]))
+        items.append(LegendItem(label=_plain(names.get(name, name)), renderers=[quads]))
         bottom = bottom + height
     _legend(plot, items)
     plot.add_tools(_hover([("", "@name"), ("at", "@left{0.0} s"), ("value", "@value{0.00}")], plot))
@@ -338,9 +346,14 @@ def pods(lanes: Sequence[view.Lane], on: Axis, shared: Range1d) -> Plot:
     return plot
 
 
+def _plain(text: str) -> str:
+    """Without TeX's delimiters: the chart library would call for a typesetter that is not in the file."""
+    return text.replace("$$", "$").replace("\\[", "[").replace("\\(", "(")
+
+
 def _lanes_axis(plot: Plot, labels: Sequence[str]) -> None:
     plot.yaxis.ticker = FixedTicker(ticks=list(range(len(labels))))
-    plot.yaxis.major_label_overrides = {i: label.replace("$$", "$") for i, label in enumerate(labels)}
+    plot.yaxis.major_label_overrides = {i: _plain(label) for i, label in enumerate(labels)}
     plot.yaxis.minor_tick_line_color = None
     plot.ygrid.grid_line_color = None
 

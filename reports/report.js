@@ -26,6 +26,8 @@
           model.setv({ text_color: c[model.name] ?? c.soft });
         } else if (model.type === "GlyphRenderer" && model.name === "themed") {
           model.glyph.setv({ text_color: { value: c.ink } });
+        } else if (model.type === "GlyphRenderer" && model.name === "area good") {
+          model.glyph.setv({ fill_color: { value: c.blue } });
         } else if (model.type === "GlyphRenderer" && model.name === "good") {
           model.glyph.setv({ fill_color: { value: c.blue }, line_color: { value: c.blue } });
         }
@@ -86,7 +88,7 @@
 
   let opened = [];
   addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details:not([open])")];
+    opened = [...document.querySelectorAll("details.print:not([open])")];
     for (const details of opened) details.open = true;
   });
   addEventListener("afterprint", () => { for (const details of opened) details.open = false; });

@@ -25,6 +25,7 @@ from gameday.model import (
     PhaseMark,
     PodMark,
     RecordMark,
+    Recovery,
     Reply,
     Step,
     Timeline,
@@ -71,6 +72,7 @@ class Axis:
     phases: tuple[Span, ...]
     fault: Span | None  # from the first harm sent to the undo (one-shot: to the proof)
     back: float | None  # R
+    unsure: tuple[Span, ...] = ()  # within which F and R are known to lie
 
     def at(self, instant: Instant) -> float:
         return round(instant - self.zero, 4)
@@ -159,7 +161,18 @@ def axis(timeline: Timeline, judgement: Judgement) -> Axis:
         phases=_phases(phases, zero, last),
         fault=_fault(timeline, marks, zero, last),
         back=back,
+        unsure=_unsure(recovery, zero),
     )
+
+
+def _unsure(recovery: Recovery | None, zero: Instant) -> tuple[Span, ...]:
+    if recovery is None or recovery.t_fault_low is None or recovery.t_fault_high is None:
+        return ()
+    fault = Span("F", recovery.t_fault_low - zero, recovery.t_fault_high - zero)
+    if recovery.t_back is None or recovery.seconds is None or recovery.low is None or recovery.high is None:
+        return (fault,)
+    back = recovery.t_back - zero
+    return fault, Span("R", back - (recovery.seconds - recovery.low), back + (recovery.high - recovery.seconds))
 
 
 def _phases(marks: Sequence[PhaseMark], zero: Instant, last: Instant) -> tuple[Span, ...]:

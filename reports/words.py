@@ -9,12 +9,15 @@ from gameday.model import Counts, Finding, Judgement, Recovery, Verdict
 from gameday.units import show_duration, show_share
 
 MISSING = "no data"
+NEVER = "never"
 
 _PLURAL_UNITS = {"count": "", "1/s": " /s", "tokens/s": " tokens/s"}
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """A value in its unit as people read it; `no data` where there is none."""
+    """A value in its unit as people read it; `no data` where there is none, `never` for an infinite wait."""
+    if value == math.inf and unit == "s":
+        return NEVER
     if value is None or not math.isfinite(value):
         return MISSING
     if unit == "share":
@@ -68,7 +71,9 @@ def _scale(value: float, half: float, unit: str) -> tuple[float, int]:
 def observed(finding: Finding) -> str:
     """`3.10 s ± 0.05`"""
     said = quantity(finding.observed, finding.unit)
-    if finding.observed is None or said == MISSING:
+    if finding.observed is None and finding.status is Verdict.FAIL and finding.unit == "s":
+        return NEVER  # waited for in vain: a record cannot hold infinity
+    if finding.observed is None or said in (MISSING, NEVER):
         return said
     spread = interval(finding.observed, finding.low, finding.high, finding.unit)
     return f"{said} {spread}".rstrip()
@@ -119,7 +124,7 @@ def reasons(judgement: Judgement) -> tuple[str, ...]:
     """Why it is not PASS: the findings that decide, the worst first."""
     bad = [f for f in judgement.findings if f.status is not Verdict.PASS]
     bad.sort(key=lambda f: -f.status.rank)
-    said = tuple(f"{f.phase} {f.objective}: {because(f)}" for f in bad)
+    said = tuple(f"{f.phase}: {f.objective} · {because(f)}" for f in bad)
     if not said and not judgement.passed:
         return ("no finding says why",)
     return said
@@ -127,7 +132,8 @@ def reasons(judgement: Judgement) -> tuple[str, ...]:
 
 def because(finding: Finding) -> str:
     """What was seen, and the evidence."""
-    parts = [observed(finding)] if finding.observed is not None or not finding.evidence else []
+    seen = observed(finding)
+    parts = [] if seen == MISSING and finding.evidence else [f"was {seen}" if seen not in (MISSING, NEVER) else seen]
     if finding.evidence:
         parts.append(one_line(finding.evidence))
     return " · ".join(parts)

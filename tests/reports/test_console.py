@@ -107,7 +107,7 @@ def test_no_colour_where_there_is_no_terminal() -> None:
     console.show([JUDGEMENT], out)
     assert "\x1b" not in out.getvalue()
     assert EXAMPLE in out.getvalue()
-    assert "during first token p95 ≤ 2.5 s: 3.10 s ± 0.05" in out.getvalue()
+    assert "during: first token p95 ≤ 2.5 s · was 3.10 s ± 0.05" in out.getvalue()
 
 
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])

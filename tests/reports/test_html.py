@@ -230,7 +230,7 @@ def test_failing_verdict_leads_with_its_reasons() -> None:
         for f in judgement.findings
     ]
     text = Page(html.render(made, replace(judgement, verdict=Verdict.FAIL, findings=tuple(worse)))).text
-    assert text.index("during first token p95 ≤ 1.5 s: 1.09 s ± 0.13 · worst 14:02") < text.index("Findings")
+    assert text.index("during: first token p95 ≤ 1.5 s · was 1.09 s ± 0.13 · worst 14:02") < text.index("Findings")
 
 
 # ── in a real browser ───────────────────────────────────────────────────────────────────────────

@@ -71,7 +71,7 @@ def test_control_characters_do_not_spoil_the_xml() -> None:
 def test_markdown_table_and_story() -> None:
     text = markdown.summary([JUDGEMENT])
     assert text.startswith("## Game day: 1 FAIL\n")
-    assert "| ❌ FAIL | zone&#95;outage | 72.4 s ± 0.02 | 990 / 8 | during first token p95" in text
+    assert "| ❌ FAIL | zone&#95;outage | 72.4 s ± 0.02 | 990 / 8 | during: first token p95" in text
     assert "healed 4/4, verified clean" in text
     assert "no experiment ran" in markdown.summary([])
 
