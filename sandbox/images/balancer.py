@@ -38,6 +38,7 @@ class Endpoint:
     in_flight: int = 0
     failures: int = 0  # in a row
     ejected: bool = False
+    answered: float = 0.0  # when an answer last began, seconds of the loop's clock
     wait: float = 0.0  # before the next look at an ejected endpoint
     waiting: set[Connection] = field(default_factory=set)  # first attempts that have no byte yet
     looking: asyncio.Task[None] | None = field(default=None, repr=False)
@@ -101,20 +102,27 @@ class Balancer:
                 self._all[place] = Endpoint(place, self._open_pool(place))
 
     def pick(self, tried: Collection[Endpoint] = ()) -> Endpoint | None:
-        """The endpoint for a request that has failed on `tried`: another one, in another zone if there is one."""
+        """The endpoint for a request that has failed on `tried`.
+
+        A second attempt goes where an answer began last: while half of the endpoints have just become unreachable
+        and are not ejected yet, those are likely to be among the idle ones.
+        """
         untried = [endpoint for endpoint in self._all.values() if endpoint not in tried]
         choice = [endpoint for endpoint in untried if not endpoint.ejected]
         if not choice and all(endpoint.ejected for endpoint in self._all.values()):
             choice = untried or list(self._all.values())
-        failed_zones = {endpoint.place.zone for endpoint in tried}
-        choice = [endpoint for endpoint in choice if endpoint.place.zone not in failed_zones] or choice
         if not choice:
             return None
+        if tried:
+            return max(choice, key=lambda endpoint: (endpoint.answered, self._draw.random()))
         return min(choice, key=lambda endpoint: (endpoint.in_flight, self._draw.random()))
 
     def succeeded(self, endpoint: Endpoint) -> None:
+        """An answer has begun."""
         endpoint.failures = 0
-        endpoint.wait = 0.0 if not endpoint.ejected else endpoint.wait
+        endpoint.answered = asyncio.get_running_loop().time()
+        if not endpoint.ejected:
+            endpoint.wait = 0.0
 
     def failed(self, endpoint: Endpoint, cause: Cause | None = None) -> None:
         """Book a failure; `cause` is None for an answer of 5xx."""
