@@ -111,7 +111,7 @@ def _load_conserved(timeline: Timeline) -> Finding:
     workers = ends.keys() | recorded.keys() | {h.worker for h in of(timeline, Heartbeat)}
     planned = sum(e.planned for some in ends.values() for e in some)
     troubles = [t for w in sorted(workers) if (t := _worker_trouble(w, ends.get(w, []), recorded.get(w, Counter())))]
-    wanted = timeline.about.settings.get("workers", "")
+    wanted = timeline.about.settings.get("load_workers", "")
     if wanted.isdigit() and int(wanted) != len(workers):
         troubles.append(f"{wanted} load workers were started, {len(workers)} left a record")
     twice = [seq for seq, n in Counter(r.seq for r in timeline.replies).items() if n > 1]

@@ -67,14 +67,17 @@ def window(timeline: Timeline, phase: Phase) -> Window | None:
 
 
 def requests(timeline: Timeline, phase: Phase, cls: str | None = None, zone: str | None = None) -> list[Reply]:
-    """The phase's requests that say something about the service, in the order of their intended instants."""
+    """The phase's requests that say something about the service, in the order of their intended instants.
+
+    A failed request whose zone we do not know may have been any zone's: it belongs to each.
+    """
     span = window(timeline, phase)
     if span is None:
         return []
     harm = fault_low(timeline)
     chosen = (r for r in timeline.replies if r.counted and _belongs(r, phase, span, harm))
     return sorted(
-        (r for r in chosen if (cls is None or r.cls == cls) and (zone is None or r.zone == zone)),
+        (r for r in chosen if (cls is None or r.cls == cls) and (zone is None or _in_zone(r, zone))),
         key=lambda r: (r.t_intended, r.seq),
     )
 
@@ -85,3 +88,7 @@ def _belongs(reply: Reply, phase: Phase, span: Window, harm: float | None) -> bo
     if phase is Phase.DURING and harm is not None and reply.t_intended < harm:
         return not reply.ok and reply.t_end >= harm
     return reply.t_intended in span
+
+
+def _in_zone(reply: Reply, zone: str) -> bool:
+    return reply.zone == zone or (reply.zone is None and not reply.ok)
