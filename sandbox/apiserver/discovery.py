@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from sandbox.apiserver import errors, openapi
 from sandbox.apiserver.core import Core
 from sandbox.apiserver.resources import Resource
 from sandbox.client import Obj
@@ -46,20 +47,30 @@ def _json(obj: Any) -> Answer:
     return Answer(orjson.dumps(obj))
 
 
+_AGGREGATED = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList"
+
+
 class Discovery:
     def __init__(self, core: Core) -> None:
         self._core = core
 
     def answer(self, path: str, accept: str) -> Answer | None:
-        """None: nothing is served there."""
+        """None: nothing is served there. Raises ApiError(404) where the API itself says so."""
         parts = [part for part in path.split("/") if part]
+        aggregated = _wants_aggregated(accept)
         match parts:
+            case []:
+                return _json({"paths": self._paths()})
             case ["version"]:
                 return _json(VERSION)
             case ["healthz" | "livez" | "readyz", *_]:
                 return Answer(b"ok", "text/plain; charset=utf-8")
+            case ["api"] if aggregated:
+                return self._aggregated([""])
             case ["api"]:
                 return _json({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []})
+            case ["apis"] if aggregated:
+                return self._aggregated([group for group in self._core.registry.groups() if group])
             case ["apis"]:
                 return _json({"kind": "APIGroupList", "apiVersion": "v1", "groups": self._groups()})
             case ["api", version]:
@@ -68,8 +79,22 @@ class Discovery:
                 return self._group(group)
             case ["apis", group, version]:
                 return self._resources(group, version)
+            case ["openapi", "v2"]:
+                return _json(openapi.v2(self._core.registry))
+            case ["openapi", "v3"]:
+                return _json(openapi.index(self._core.registry))
+            case ["openapi", "v3", *group_version]:
+                found = openapi.v3(self._core.registry, "/".join(group_version))
+                return _json(found) if found else None
             case _:
                 return None
+
+    def _paths(self) -> list[str]:
+        found = ["/api", "/api/v1", "/apis"]
+        for group, versions in self._core.registry.groups().items():
+            if group:
+                found += [f"/apis/{group}", *(f"/apis/{group}/{version}" for version in versions)]
+        return [*sorted(found), "/healthz", "/livez", "/openapi/v2", "/openapi/v3", "/readyz", "/version"]
 
     def _groups(self) -> list[Obj]:
         return [_group(group, versions) for group, versions in self._core.registry.groups().items() if group]
@@ -80,6 +105,8 @@ class Discovery:
 
     def _resources(self, group: str, version: str) -> Answer | None:
         found = self._core.registry.in_version(group, version)
+        if not found and self._core.registry.is_builtin(group):
+            raise errors.no_such_path()
         if not found:
             return None
         entries = [entry for res in found for entry in _entries(res)]
@@ -88,6 +115,64 @@ class Discovery:
         if group:
             body["apiVersion"] = "v1"
         return _json(body)
+
+    def _aggregated(self, groups: list[str]) -> Answer:
+        registry = self._core.registry
+        items = []
+        for group in groups:
+            versions = [
+                {
+                    "version": version,
+                    "resources": [_aggregate(res) for res in registry.in_version(group, version)],
+                    "freshness": "Current",
+                }
+                for version in registry.groups()[group]
+            ]
+            meta: Obj = {"creationTimestamp": None}
+            if group:
+                meta["name"] = group
+            items.append({"metadata": meta, "versions": versions})
+        body = {"kind": "APIGroupDiscoveryList", "apiVersion": "apidiscovery.k8s.io/v2", "metadata": {}, "items": items}
+        return Answer(orjson.dumps(body), _AGGREGATED)
+
+
+def _wants_aggregated(accept: str) -> bool:
+    """Whether the first form that the client asks for is the aggregated one, in the version served here."""
+    for entry in accept.split(","):
+        params = {part.strip() for part in entry.split(";")}
+        if {"g=apidiscovery.k8s.io", "as=APIGroupDiscoveryList"} <= params:
+            if "v=v2" in params and "application/json" in params:
+                return True
+        elif "application/json" in params:
+            return False
+    return False
+
+
+def _aggregate(res: Resource) -> Obj:
+    """A resource as aggregated discovery shows it; built-in kinds leave their own group out."""
+    mine = {"group": res.group, "version": res.version} if res.custom else {"group": "", "version": ""}
+    entry: Obj = {
+        "resource": res.plural,
+        "responseKind": {**mine, "kind": res.kind},
+        "scope": "Namespaced" if res.namespaced else "Cluster",
+        "singularResource": res.singular or res.kind.lower(),
+        "verbs": list(res.verbs),
+    }
+    if res.short:
+        entry["shortNames"] = list(res.short)
+    if res.categories:
+        entry["categories"] = list(res.categories)
+    if res.subs:
+        entry["subresources"] = [_aggregate_sub(res, sub, mine) for sub in res.subs]
+    return entry
+
+
+def _aggregate_sub(res: Resource, sub: str, mine: Obj) -> Obj:
+    kind: Obj = {**mine, "kind": res.kind}
+    if sub in _SUB_KINDS:
+        group, version, name = _SUB_KINDS[sub]
+        kind = {"group": group, "version": version if group else "", "kind": name}
+    return {"subresource": sub, "responseKind": kind, "verbs": _sub(res, sub)["verbs"]}
 
 
 def _group(group: str, versions: list[str]) -> Obj:

@@ -222,6 +222,7 @@ class Handler:
         res, query = target.res, self._query(request, target)
         version = request.query.get("resourceVersion", "")
         self._check_list_version(request)
+        params.check_watch(request.query)
         seconds = _int(request.query, "timeoutSeconds")
         response = web.StreamResponse(headers={"Content-Type": JSON})
         response.enable_chunked_encoding()

@@ -49,6 +49,18 @@ def write_options(query: Query, verb: str) -> WriteOptions:
     return WriteOptions(dry == "All", validation or "Warn")
 
 
+def check_watch(query: Query) -> None:
+    """Raises ApiError(422)."""
+    initial, match = query.get("sendInitialEvents"), query.get("resourceVersionMatch")
+    if initial is not None and match != "NotOlderThan":
+        why = "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan"
+    elif match is not None and initial is None:
+        why = "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided"
+    else:
+        return
+    raise invalid_options("ListOptions", "resourceVersionMatch", f"Forbidden: {why}", "FieldValueForbidden")
+
+
 def delete_options(query: Query) -> Obj:
     options: Obj = {}
     if grace := query.get("gracePeriodSeconds"):

@@ -128,6 +128,13 @@ def _remove(doc: Json, tokens: list[str], path: str) -> None:
         del parent[tokens[-1]]
 
 
+def merge_key(field: str, *, service: bool = False) -> str | None:
+    """The key by which a list field is merged, for OpenAPI."""
+    if field == "ports":
+        return "port" if service else "containerPort"
+    return _MERGE_KEYS.get(field)
+
+
 # Field name → merge key. `ports` is by containerPort in containers, by port in Services.
 _MERGE_KEYS: dict[str, str] = {
     "containers": "name",
