@@ -13,7 +13,7 @@ import yaml
 
 from sandbox import client
 from sandbox.client import DAEMONSETS, DEPLOYMENTS, NODES, PODS, Api, ApiError, Kind, Obj
-from sandbox.up import SandboxError
+from sandbox.up import SandboxError, last_words
 
 STACKS = Path(__file__).resolve().parent / "stack"
 _POLL = 0.1  # seconds
@@ -84,8 +84,11 @@ def _tainted(node: Obj) -> bool:
     return any(t["key"].startswith("node.kubernetes.io/") for t in node["spec"].get("taints") or [])
 
 
-async def ready(api: Api, stack_name: str, patience: float) -> None:
-    """Wait until every workload of the stack has all its pods Ready. Raises `SandboxError` with the reason."""
+async def ready(api: Api, stack_name: str, patience: float, state: Path) -> None:
+    """Wait until every workload of the stack has all its pods Ready. Raises `SandboxError` with the reasons.
+
+    `state` is the sandbox's state directory, where the pods' logs are.
+    """
     deadline = time.monotonic() + patience
     workloads = [(_KINDS[d["kind"]], d) for d in documents(stack_name) if d["kind"] in ("Deployment", "DaemonSet")]
     while True:
@@ -94,7 +97,7 @@ async def ready(api: Api, stack_name: str, patience: float) -> None:
             return
         if time.monotonic() > deadline:
             names = ", ".join(f"{d['kind']} {d['metadata']['name']}" for _, d in late)
-            raise SandboxError(f"the stack is not ready after {patience:.0f} s: {names}; {await _reasons(api)}")
+            raise SandboxError(f"the stack is not ready after {patience:.0f} s: {names}; {await _reasons(api, state)}")
         await asyncio.sleep(_POLL)
 
 
@@ -110,9 +113,19 @@ async def _complete(api: Api, kind: Kind, document: Obj) -> bool:
     return 0 < int(status.get("desiredNumberScheduled", 0)) == int(status.get("numberReady", 0))
 
 
-async def _reasons(api: Api) -> str:
+async def _reasons(api: Api, state: Path) -> str:
     pods, _ = await api.list(PODS)
-    return "; ".join(_reason(pod) for pod in pods if not _is_ready(pod)) or "no pod was made"
+    late = [pod for pod in pods if not _is_ready(pod)]
+    return "; ".join(_reason(pod) + _last_line(pod, state) for pod in late) or "no pod was made"
+
+
+def _last_line(pod: Obj, state: Path) -> str:
+    logs = list(state.glob(f"nodes/*/pods/{pod['metadata']['uid']}/logs/*.log"))
+    written = [log for log in logs if log.stat().st_size]
+    if not written:
+        return ""
+    line = last_words(max(written, key=lambda log: log.stat().st_mtime)).partition(" ")[2]
+    return f", last log line: {line}"
 
 
 def _reason(pod: Obj) -> str:

@@ -37,13 +37,14 @@ def find_binary(options: Options) -> Path:
 def config(clocks: Clocks) -> str:
     """Scrape what asks for it by the usual annotations, as charts do on a real cluster."""
     meta = "__meta_kubernetes_"
-    copied = {
-        f"{meta}namespace": "namespace",
-        f"{meta}pod_name": "pod",
-        f"{meta}pod_node_name": "node",
-        f"{meta}node_label_topology_kubernetes_io_zone": "zone",
-        f"{meta}pod_label_app": "app",
-    }
+    copied = (
+        (f"{meta}namespace", "namespace"),
+        (f"{meta}pod_name", "pod"),
+        (f"{meta}pod_node_name", "node"),
+        (f"{meta}node_label_topology_kubernetes_io_zone", "zone"),
+        (f"{meta}pod_label_topology_kubernetes_io_zone", "zone"),  # a pod's own label goes first
+        (f"{meta}pod_label_app", "app"),
+    )
     port = f"{meta}pod_annotation_prometheus_io_port"
     relabel: list[dict[str, object]] = [
         {"source_labels": [f"{meta}pod_annotation_prometheus_io_scrape"], "regex": "true", "action": "keep"},
@@ -60,7 +61,7 @@ def config(clocks: Clocks) -> str:
             "target_label": "__address__",
         },
     ]
-    relabel += [{"source_labels": [source], "target_label": target} for source, target in copied.items()]
+    relabel += [{"source_labels": [source], "regex": "(.+)", "target_label": target} for source, target in copied]
     interval = f"{max(1, round(clocks.scrape_interval * 1000))}ms"
     timeout = f"{max(1, round(min(10.0, clocks.scrape_interval) * 1000))}ms"
     discovery = {"url": f"http://127.0.0.1:{DISCOVERY_PORT}/pods", "refresh_interval": "1s"}

@@ -227,8 +227,9 @@ class Supervisor:
         self.zygote.start()
         self._background(self._until_parent_ends())
         await self._or_stop(self._start())
-        self._write_found()
-        self.reports.send({"ready": asdict(self._running())})
+        running = self._running()
+        self._publish(running)
+        self.reports.send({"ready": asdict(running)})
         self.reports.close()
         await self.stop.wait()
 
@@ -282,7 +283,7 @@ class Supervisor:
                 self.say(f"deploying the {self.options.stack} stack")
                 await deploy.stack(api, self.options.stack)
                 patience = 30 + 3 * self.options.clocks.model_load
-                await deploy.ready(api, self.options.stack, patience)
+                await deploy.ready(api, self.options.stack, patience, self.state)
                 self.say("the stack is ready")
                 await deploy.scraped(api, _url(self.sockets.prometheus), 20 + 2 * self.options.clocks.scrape_interval)
 
@@ -393,9 +394,9 @@ class Supervisor:
             start_ticks=linux.start_ticks(pid) or 0,
         )
 
-    def _write_found(self) -> None:
+    def _publish(self, running: Running) -> None:
         fresh = self.state / "sandbox.json.new"
-        fresh.write_bytes(orjson.dumps(self._running(), option=orjson.OPT_INDENT_2))
+        fresh.write_bytes(orjson.dumps(running, option=orjson.OPT_INDENT_2))
         fresh.replace(self.state / "sandbox.json")
 
 

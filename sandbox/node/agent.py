@@ -19,7 +19,7 @@ import orjson
 import uvloop
 from aiohttp import web
 
-from sandbox.client import LEASES, NODES, PODS, ApiError, EventType, HttpApi, Obj
+from sandbox.client import LEASES, NODES, PODS, ApiError, EventType, HttpApi, Informer, Obj
 from sandbox.node import images, kernel_log, logs, network, node_status
 from sandbox.node.events import Recorder
 from sandbox.node.network import API_PORT, API_URL, GATEWAY, KUBELET_PORT, PodNetworks
@@ -252,21 +252,25 @@ class Agent:
 
     async def keep_status(self) -> None:
         """Correct the node's conditions when the API shows others than ours (Unknown, after a silence)."""
-        while True:
-            await asyncio.sleep(self.clocks.node_status)
-            try:
-                node = await self.api.get(NODES, self.name)
-                if patch := node_status.correction(node):
+        own = Informer(self.api, NODES, fields=f"metadata.name={self.name}")
+        async with own.running():
+            while True:
+                await asyncio.sleep(self.clocks.node_status)
+                node = own.get(self.name)
+                patch = node_status.correction(node) if node else None
+                if patch is None:
+                    continue
+                try:
                     await self.api.patch(NODES, self.name, patch, sub="status", type="strategic")
-            except (ApiError, aiohttp.ClientError, OSError, TimeoutError) as lost:
-                log.debug("node status: %s", lost)
+                except (ApiError, aiohttp.ClientError, OSError, TimeoutError) as lost:
+                    log.debug("node status: %s", lost)
 
     # — logs —
 
     async def container_log(self, request: web.Request) -> web.StreamResponse:
         """GET /containerLogs/{namespace}/{pod}/{container}, as kubelets serve it."""
         namespace, name, container = (request.match_info[part] for part in ("namespace", "pod", "container"))
-        for pod in self._pods.values():
+        for pod in reversed(self._pods.values()):  # a forced deletion may leave an older one of that name for a while
             meta = pod.obj["metadata"]
             if (meta["namespace"], meta["name"]) == (namespace, name) and (found := pod.container(container)):
                 try:
@@ -286,8 +290,6 @@ class Agent:
         await web.TCPSite(runner, self.address, KUBELET_PORT).start()
         self.zygote.start()
         await self.register()
-        from sandbox.client import Informer  # noqa: PLC0415
-
         pods = Informer(self.api, PODS, fields=f"spec.nodeName={self.name}", on_event=self.on_pod)
         self._spawn(pods.run())
         self._spawn(self.recorder.run())
