@@ -3,8 +3,10 @@
 Real: the HTTP and SSE traffic, the process and its signals, queueing, batching and KV-cache book-keeping.
 Emulated: the time a GPU would take (`batching.Cost`) and the text. As in vLLM the port opens only once the model
 is loaded, a stream's headers go out before its first token, and a client that leaves aborts its sequence.
-SIGTERM: /health answers 503 and new requests are refused with 503; running streams finish, then the process
-ends with 0.
+
+SIGTERM: /health answers 503, new requests are refused with 503, running ones have `--shutdown-timeout` seconds to
+finish and are cut off then; the process ends with 0. The default is vLLM's own since 0.18: 0, so nothing finishes
+(https://github.com/vllm-project/vllm/pull/36666).
 """
 
 from __future__ import annotations
@@ -102,6 +104,7 @@ class Config:
     host: str
     port: int
     load_seconds: float
+    shutdown_timeout: float
     mean_tokens: int
     keep_alive: float
     limits: Limits
@@ -118,7 +121,7 @@ class Engine:
         self._idle.set()
         self._draining = False
         self._started = int(time.time())
-        self._requests = 0
+        self._answering_now: set[asyncio.Task[object]] = set()
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=16 << 20)
@@ -145,10 +148,17 @@ class Engine:
             await asyncio.sleep(max(0.0, due - now))
             self._complete(step)
 
-    async def drain(self) -> None:
-        """Refuse what is new; returns once the last running request has been answered."""
+    async def drain(self, within: float) -> int:
+        """Refuse what is new, let what runs finish; returns how many were cut off after `within` seconds."""
         self._draining = True
-        await self._idle.wait()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), within)
+        rest = list(self._answering_now)
+        for task in rest:
+            task.cancel()
+        if rest:
+            await asyncio.wait(rest)
+        return len(rest)
 
     def _complete(self, step: Step) -> None:
         now, numbers = self._clock(), self._numbers
@@ -215,7 +225,9 @@ class Engine:
         return answer
 
     async def _generate(self, request: web.Request, seq: Seq, reply: Reply) -> web.StreamResponse:
-        self._requests += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._answering_now.add(task)
         self._idle.clear()
         try:
             if reply.stream:
@@ -229,8 +241,8 @@ class Engine:
         finally:
             if self._scheduler.abort(seq):
                 self._numbers.finished["abort"].inc()
-            self._requests -= 1
-            if not self._requests:
+            self._answering_now.discard(task)
+            if not self._answering_now:
                 self._idle.set()
 
     async def _stream(self, request: web.Request, seq: Seq, reply: Reply) -> web.StreamResponse:
@@ -328,6 +340,7 @@ def _config(argv: Sequence[str]) -> Config:
     parser.add_argument("--host", default="0.0.0.0")  # noqa: S104 - inside a pod
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--load-seconds", type=float, default=None, help="default: $GAMEDAY_MODEL_LOAD_SECONDS, or 0")
+    parser.add_argument("--shutdown-timeout", type=float, default=0.0, help="seconds for running requests to finish")
     parser.add_argument("--max-num-seqs", type=int, default=limits.max_num_seqs)
     parser.add_argument("--max-num-batched-tokens", type=int, default=limits.max_num_batched_tokens)
     parser.add_argument("--max-model-len", type=int, default=limits.max_model_len)
@@ -350,6 +363,7 @@ def _config(argv: Sequence[str]) -> Config:
         host=args.host,
         port=args.port,
         load_seconds=env_seconds("GAMEDAY_MODEL_LOAD_SECONDS", 0.0) if load is None else load,
+        shutdown_timeout=args.shutdown_timeout,
         mean_tokens=args.mean_tokens,
         keep_alive=args.keep_alive,
         limits=Limits(
@@ -376,11 +390,11 @@ async def _serve(config: Config) -> int:
             await asyncio.wait({asyncio.create_task(stop.wait()), steps}, return_when=asyncio.FIRST_COMPLETED)
             if steps.done():
                 steps.result()  # a bug in the engine loop must end the process, as vLLM's EngineDead does
-            say("INFO: shutting down, waiting for running requests")
-            await engine.drain()
+            say(f"INFO: shutting down, running requests have {config.shutdown_timeout:g} s")
+            cut = await engine.drain(config.shutdown_timeout)
     finally:
         steps.cancel()
-    say("INFO: shut down")
+    say(f"INFO: shut down, {cut} requests aborted")
     return 0
 
 

@@ -305,7 +305,22 @@ def test_sigterm_finishes_running_streams_and_refuses_new_requests() -> None:
         assert answer.done and answer.tokens == 60
         assert await process.exit_code() == 0
 
-    asyncio.run(_session_story(story))
+    asyncio.run(_session_story(story, "--shutdown-timeout", "30"))
+
+
+def test_sigterm_cuts_running_streams_off_after_the_shutdown_timeout() -> None:
+    async def story(session: aiohttp.ClientSession, process: Any) -> None:
+        begun = asyncio.Event()
+        running = asyncio.create_task(stream(session, process.url, lambda _: begun.set(), max_tokens=4000))
+        whole = asyncio.create_task(stream(session, process.url, max_tokens=4000, stream=False))
+        await begun.wait()
+        process.kill(signal.SIGTERM)
+        assert await process.exit_code(5) == 0
+        answer = await running
+        assert answer.status == 200 and answer.tokens and not answer.ended and answer.error
+        assert (await whole).error
+
+    asyncio.run(_session_story(story))  # vLLM's default: 0 s
 
 
 def test_a_client_that_leaves_aborts_its_sequence() -> None:
