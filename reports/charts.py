@@ -44,7 +44,7 @@ BLUE, SKY, GREEN, ORANGE, RED, PURPLE, YELLOW = (
 GREY = "#8a8f98"
 
 _MARKERS = {
-    Group.GOOD: ("circle", BLUE, 4, 0.35),
+    Group.GOOD: ("circle", BLUE, 4, 0.5),
     Group.BROKEN: ("triangle", ORANGE, 9, 0.95),
     Group.FAILED: ("x", RED, 8, 0.95),
     Group.UNCOUNTED: ("diamond", GREY, 7, 0.9),

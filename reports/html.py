@@ -286,11 +286,11 @@ def _rto(judgement: Judgement) -> float | None:
 
 
 def _zoom(on: view.Axis) -> Mapping[str, float]:
-    """What the button "around the fault" shows."""
+    """What the button "fault to recovery" shows; the whole fault where nothing came back."""
     if on.fault is None:
         return {"start": on.start, "end": on.end}
-    until = max(on.fault.end, on.back or on.fault.end)
-    margin = max(2.0, 0.1 * (until - on.fault.start))
+    until = on.fault.end if on.back is None else max(on.back, on.fault.start + 1)
+    margin = max(3.0, 0.5 * (until - on.fault.start))
     return {"start": max(on.start, on.fault.start - margin), "end": min(on.end, until + margin)}
 
 

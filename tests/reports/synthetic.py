@@ -218,9 +218,7 @@ def timeline(*, seed: int = 7419, evil: bool = False) -> Timeline:
     )
     seen = list(replies(seed, text))
     happened = [*events(text), *_load(seen)]
-    samples = [
-        Sample(START + i, "sum(up{job='engine'})", "engines up", 6.0 if i < 32 else 4.0, raw="[6]") for i in range(100)
-    ]
+    samples = [_sample(START + i, 6.0 if i < 32 else 4.0) for i in range(100)]
     if evil:
         happened += [
             PodMark(START, f"llm/{text}", "u", "exists", text, text, text, detail=text),
@@ -230,6 +228,13 @@ def timeline(*, seed: int = 7419, evil: bool = False) -> Timeline:
         seen[100] = replace(seen[100], pod=text, zone=text, cls=text)
         samples = [replace(s, raw=text, error="") for s in samples]
     return record.timeline(about, fault, seen, samples, happened)
+
+
+def _sample(t: float, value: float) -> Sample:
+    """As Prometheus answers: the instant in Unix seconds, the value as a string."""
+    wall = ABOUT.epoch_wall + t - ABOUT.epoch_mono
+    raw = f'[{{"metric": {{}}, "value": [{wall:.3f}, "{value:g}"]}}]'
+    return Sample(t, "sum(up{job='engine'})", "engines up", value, raw=raw)
 
 
 def _load(seen: list[Reply]) -> Iterator[Event]:
