@@ -10,7 +10,6 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
@@ -19,8 +18,9 @@ from sandbox.apiserver import conversion, crds, defaults, errors, media, patch, 
 from sandbox.apiserver.authn import MASTER, Identity
 from sandbox.apiserver.crds import CustomTypes
 from sandbox.apiserver.resources import Registry, Resource
-from sandbox.apiserver.selectors import FieldSelector, LabelSelector
+from sandbox.apiserver.selectors import EVERY_FIELD, EVERY_LABEL, FieldSelector, LabelSelector
 from sandbox.apiserver.store import Change, ChangeType, Compacted, Store, Stored
+from sandbox.apiserver.times import at, now
 from sandbox.client import ApiError, Obj
 from sandbox.options import COMPRESSED, Clocks
 
@@ -43,8 +43,8 @@ class Write:
 class Query:
     """What a list or watch asks for."""
 
-    labels: LabelSelector = LabelSelector()
-    fields: FieldSelector = FieldSelector()
+    labels: LabelSelector = EVERY_LABEL
+    fields: FieldSelector = EVERY_FIELD
 
     def matches(self, obj: Obj) -> bool:
         return self.labels.matches(obj["metadata"].get("labels")) and self.fields.matches(obj)
@@ -68,15 +68,6 @@ class Page:
 class Event:
     type: ChangeType
     stored: Stored
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def at(seconds: float) -> str:
-    """The time `seconds` from now."""
-    return (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Core:
@@ -111,7 +102,7 @@ class Core:
             items, version, start = self.select(res, namespace, query), self.store.version, 0
         if not limit or start + limit >= len(items):
             return Page(items[start:] if start else items, version)
-        ident = cont and _decode_continue(cont)["id"] or secrets.token_hex(8)
+        ident = (cont and _decode_continue(cont)["id"]) or secrets.token_hex(8)
         self._snapshots[ident] = (items, version)
         while len(self._snapshots) > 64:
             del self._snapshots[next(iter(self._snapshots))]
@@ -349,6 +340,7 @@ class Core:
         if not started and "generation" in meta:
             meta["generation"] += 1
         if not grace and not waits:
+            self._keep(res, old, obj, write)  # watchers see the end announced, as a MODIFIED
             version = old.version if write.dry_run else self.store.remove(res.key, obj).version
             return _with_version(obj, version), True
         strategy.on_delete(self, res, obj)
@@ -370,12 +362,12 @@ class Core:
     @staticmethod
     def _check_preconditions(res: Resource, old: Stored, wanted: Obj) -> None:
         meta = old.obj["metadata"]
-        for key, field, fate in (("uid", "UID", "deleted and then recreated"),
-                                 ("resourceVersion", "ResourceVersion", "modified")):
+        for key, what, fate in (("uid", "UID", "deleted and then recreated"),
+                                ("resourceVersion", "ResourceVersion", "modified")):
             asked = wanted.get(key)
             if asked and asked != meta[key]:
                 why = (
-                    f"the {field} in the precondition ({asked}) does not match the {field} in record ({meta[key]}). "
+                    f"the {what} in the precondition ({asked}) does not match the {what} in record ({meta[key]}). "
                     f"The object might have been {fate}"
                 )
                 raise errors.conflict(res.group, res.kind, meta["name"], why)

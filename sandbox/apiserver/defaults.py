@@ -291,6 +291,8 @@ def _endpoints(obj: Obj) -> None:
 
 
 def _endpointslice(obj: Obj) -> None:
+    for key in ("endpoints", "ports"):
+        obj.setdefault(key, None)
     for port in obj.get("ports") or []:
         fill(port, {"name": "", "protocol": "TCP"})
     for endpoint in obj.get("endpoints") or []:

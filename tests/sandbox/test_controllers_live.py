@@ -57,7 +57,7 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
         yield url, (state / "token").read_text().strip(), (state / "ca.crt").read_text()
     finally:
         process.terminate()
-        process.wait(timeout=10)
+        process.communicate(timeout=10)
         errors.close()
         assert "Traceback" not in (state / "errors").read_text()
 
