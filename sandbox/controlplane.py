@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
+import importlib
 import secrets
 import signal
 import socket
@@ -16,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import uvloop
 import yaml
 
 from sandbox.apiserver import ApiServer, Identity, TlsFiles, make_tls
@@ -45,15 +48,12 @@ async def serve(
             ready()
         if not controllers:
             await asyncio.Event().wait()
-        from sandbox import controllers as all_controllers  # late: the API must not wait for their import
-
+        all_controllers = importlib.import_module("sandbox.controllers")  # late: the API must not wait for them
         await all_controllers.run(server.direct(), clocks, root_ca=tls.ca.read_text())
 
 
 def write_kubeconfig(path: Path, url: str, ca: Path, token: str, namespace: str = "default") -> None:
     """A kubeconfig (mode 0600) with the CA inlined."""
-    import base64
-
     config = {
         "apiVersion": "v1",
         "kind": "Config",
@@ -118,8 +118,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-controllers", action="store_true", help="only the API server")
     args = parser.parse_args(argv)
     try:
-        import uvloop
-
         uvloop.run(_main(args))
     except OSError as error:
         print(f"control plane: {error}", file=sys.stderr)

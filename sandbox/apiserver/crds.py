@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sandbox.apiserver import schema as schemas
-from sandbox.apiserver import validation
+from sandbox.apiserver import rules, schema as schemas
 from sandbox.apiserver.errors import Cause
 from sandbox.apiserver.resources import Resource
 from sandbox.apiserver.store import Change
+from sandbox.apiserver.times import now
 from sandbox.client import Obj
 
 if TYPE_CHECKING:
@@ -198,8 +198,6 @@ def _is_true(obj: Obj, type: str) -> bool:
 
 
 def _set_condition(obj: Obj, type: str, status: str, reason: str, message: str) -> None:
-    from sandbox.apiserver.core import now
-
     conditions = [c for c in obj["status"].get("conditions") or [] if c["type"] != type]
     conditions.append({"type": type, "status": status, "lastTransitionTime": now(), "reason": reason,
                        "message": message})
@@ -223,15 +221,15 @@ def _walk(schema: Any, path: str) -> Iterator[tuple[str, Obj]]:
 def _structural(schema: Obj, path: str) -> list[Cause]:
     causes = []
     if schema.get("type") != "object":
-        causes.append(validation.invalid(f"{path}.type", schema.get("type", ""), "must be object at the root"))
+        causes.append(rules.invalid(f"{path}.type", schema.get("type", ""), "must be object at the root"))
     for where, sub in _walk(schema, path):
         if "x-kubernetes-validations" in sub:
             why = "CEL rules are not supported by the sandbox's API server"
-            causes.append(validation.forbidden(f"{where}.x-kubernetes-validations", why))
+            causes.append(rules.forbidden(f"{where}.x-kubernetes-validations", why))
         free = sub.get(schemas.INT_OR_STRING) or sub.get(schemas.PRESERVE)
         if not sub.get("type") and not free and where != path:
             noun = "array items" if where.endswith(".items") else "object fields"
-            causes.append(validation.required(f"{where}.type", f"must not be empty for specified {noun}"))
+            causes.append(rules.required(f"{where}.type", f"must not be empty for specified {noun}"))
         if "default" in sub:
             causes += [
                 Cause(cause.reason, cause.message, f"{where}.default{cause.field and '.' + cause.field}")
@@ -247,19 +245,19 @@ def check_crd(obj: Obj) -> list[Cause]:
     causes = []
     if obj["metadata"].get("name") != f"{names.get('plural')}.{group}":
         why = 'must be spec.names.plural+"."+spec.group'
-        causes.append(validation.invalid("metadata.name", obj["metadata"].get("name"), why))
-    causes += [validation.required(f"spec.names.{key}") for key in ("plural", "kind") if not names.get(key)]
+        causes.append(rules.invalid("metadata.name", obj["metadata"].get("name"), why))
+    causes += [rules.required(f"spec.names.{key}") for key in ("plural", "kind") if not names.get(key)]
     if spec.get("scope") not in ("Cluster", "Namespaced"):
-        causes.append(validation.unsupported("spec.scope", spec.get("scope", ""), ("Cluster", "Namespaced")))
+        causes.append(rules.unsupported("spec.scope", spec.get("scope", ""), ("Cluster", "Namespaced")))
     if sum(bool(version.get("storage")) for version in versions) != 1:
         why = "must have exactly one version marked as storage version"
-        causes.append(validation.invalid("spec.versions", [v.get("name") for v in versions], why))
+        causes.append(rules.invalid("spec.versions", [v.get("name") for v in versions], why))
     one = len({str(version.get("schema")) for version in versions}) == 1
     for i, version in enumerate(versions):
         at = "spec.validation" if one else f"spec.versions[{i}].schema"
         schema = (version.get("schema") or {}).get("openAPIV3Schema")
         if schema is None:
-            causes.append(validation.required(f"spec.versions[{i}].schema.openAPIV3Schema"))
+            causes.append(rules.required(f"spec.versions[{i}].schema.openAPIV3Schema"))
         elif not one or i == 0:
             causes += _structural(schema, f"{at}.openAPIV3Schema")
     return causes

@@ -56,35 +56,46 @@ class Discovery:
 
     def answer(self, path: str, accept: str) -> Answer | None:
         """None: nothing is served there. Raises ApiError(404) where the API itself says so."""
-        parts = [part for part in path.split("/") if part]
-        aggregated = _wants_aggregated(accept)
-        match parts:
-            case []:
+        first, *rest = [part for part in path.split("/") if part] or [""]
+        match first:
+            case "":
                 return _json({"paths": self._paths()})
-            case ["version"]:
+            case "version":
                 return _json(VERSION)
-            case ["healthz" | "livez" | "readyz", *_]:
+            case "healthz" | "livez" | "readyz":
                 return Answer(b"ok", "text/plain; charset=utf-8")
-            case ["api"] if aggregated:
-                return self._aggregated([""])
-            case ["api"]:
-                return _json({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []})
-            case ["apis"] if aggregated:
-                return self._aggregated([group for group in self._core.registry.groups() if group])
-            case ["apis"]:
-                return _json({"kind": "APIGroupList", "apiVersion": "v1", "groups": self._groups()})
-            case ["api", version]:
-                return self._resources("", version)
-            case ["apis", group]:
+            case "api" | "apis":
+                return self._discover(first, rest, accept)
+            case "openapi":
+                return self._openapi(rest)
+            case _:
+                return None
+
+    def _discover(self, root: str, rest: list[str], accept: str) -> Answer | None:
+        if root == "api" and rest:
+            rest = ["", *rest]
+        match rest:
+            case [] if _wants_aggregated(accept):
+                named = root == "apis"
+                return self._aggregated([group for group in self._core.registry.groups() if bool(group) is named])
+            case []:
+                return _json(self._legacy() if root == "api" else self._groups())
+            case [group]:
                 return self._group(group)
-            case ["apis", group, version]:
+            case [group, version]:
                 return self._resources(group, version)
-            case ["openapi", "v2"]:
-                return _json(openapi.v2(self._core.registry))
-            case ["openapi", "v3"]:
-                return _json(openapi.index(self._core.registry))
-            case ["openapi", "v3", *group_version]:
-                found = openapi.v3(self._core.registry, "/".join(group_version))
+            case _:
+                return None
+
+    def _openapi(self, rest: list[str]) -> Answer | None:
+        registry = self._core.registry
+        match rest:
+            case ["v2"]:
+                return _json(openapi.v2(registry))
+            case ["v3"]:
+                return _json(openapi.index(registry))
+            case ["v3", *group_version]:
+                found = openapi.v3(registry, "/".join(group_version))
                 return _json(found) if found else None
             case _:
                 return None
@@ -96,8 +107,13 @@ class Discovery:
                 found += [f"/apis/{group}", *(f"/apis/{group}/{version}" for version in versions)]
         return [*sorted(found), "/healthz", "/livez", "/openapi/v2", "/openapi/v3", "/readyz", "/version"]
 
-    def _groups(self) -> list[Obj]:
-        return [_group(group, versions) for group, versions in self._core.registry.groups().items() if group]
+    @staticmethod
+    def _legacy() -> Obj:
+        return {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}
+
+    def _groups(self) -> Obj:
+        groups = [_group(group, versions) for group, versions in self._core.registry.groups().items() if group]
+        return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
 
     def _group(self, group: str) -> Answer | None:
         versions = self._core.registry.groups().get(group)

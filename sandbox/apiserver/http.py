@@ -260,22 +260,17 @@ class Handler:
         if verb.startswith("delete"):
             return await self._delete(request, target, verb, write)
         body = await media.body(request, res.kind)
-        if verb == "create" and sub:
+        if verb == "create" and (sub or res.key in REVIEWS):
             return _json(self._post(target, body, write), 201)
-        if verb == "create" and res.key == "bindings":
-            name = (body.get("metadata") or {}).get("name", "")
-            pods = core.registry.find("", "v1", "pods")
-            assert pods is not None
-            return _json(subresources.bind(core, pods, space, name, body, write), 201)
-        if verb == "create" and res.key in REVIEWS:
-            return _json(reviews.answer(res, body, user, self._tokens, self._rules, space), 201)
         if sub == "scale":
             return _json(subresources.set_scale(core, res, space, name, body, write))
         media.check_kind(core.registry, res, body)
+        fresh = verb == "create" or core.store.get(res.key, space, name) is None
         if verb == "create":
-            return self._one(request, res, core.create(res, space, body, write), 201, write)
-        fresh = core.store.get(res.key, space, name) is None
-        return self._one(request, res, core.update(res, space, name, body, write, sub), 201 if fresh else 200, write)
+            stored = core.create(res, space, body, write)
+        else:
+            stored = core.update(res, space, name, body, write, sub)
+        return self._one(request, res, stored, 201 if fresh else 200, write)
 
     async def _patch(self, request: web.BaseRequest, target: Target, write: Write) -> web.StreamResponse:
         core, res, space, name, sub = self._core, target.res, target.space, target.name, target.sub
@@ -323,6 +318,12 @@ class Handler:
                 return subresources.evict(core, res, space, name, body, write)
             case "serviceaccounts", "token":
                 return subresources.token_request(core, self._tokens, space, name, body, write)
+            case "bindings", "":
+                pods = core.registry.find("", "v1", "pods")
+                assert pods is not None
+                return subresources.bind(core, pods, space, (body.get("metadata") or {}).get("name", ""), body, write)
+            case _ if res.key in REVIEWS:
+                return reviews.answer(res, body, write.user, self._tokens, self._rules, space)
             case _:
                 raise errors.method_not_allowed()
 

@@ -281,4 +281,4 @@ def apply(kind: str, target: Obj, body: Json, *, custom: bool) -> Obj:
             "the body of the request was in an unknown format - accepted media types include: "
             "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml",
         )
-    return strategic(target, body) if kind == "strategic" else merge(target, body)  # type: ignore[no-any-return]
+    return strategic(target, body) if kind == "strategic" else merge(target, body)

@@ -35,7 +35,7 @@ def _covers(rule: Obj, ask: Ask) -> bool:
     if "*" not in verbs and ask.verb not in verbs:
         return False
     if ask.path:
-        return any(url == "*" or url == ask.path or (url.endswith("*") and ask.path.startswith(url[:-1]))
+        return any(url in ("*", ask.path) or (url.endswith("*") and ask.path.startswith(url[:-1]))
                    for url in rule.get("nonResourceURLs") or [])
     groups = rule.get("apiGroups") or []
     if "*" not in groups and ask.group not in groups:

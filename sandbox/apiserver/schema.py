@@ -80,22 +80,13 @@ def default(schema: Obj, value: Any) -> None:
 # -- validation
 
 
+_TYPES: dict[type, str] = {
+    type(None): "null", bool: "boolean", str: "string", int: "integer", float: "number", list: "array", dict: "object",
+}
+
+
 def _type(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "boolean"
-        case str():
-            return "string"
-        case int():
-            return "integer"
-        case float():
-            return "number"
-        case list():
-            return "array"
-        case _:
-            return "object"
+    return _TYPES[type(value)]
 
 
 def _quote(value: Any) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sandbox.apiserver import validation
+from sandbox.apiserver import rules
 from sandbox.apiserver.errors import bad_request
 from sandbox.client import ApiError, Obj
 
@@ -49,34 +49,34 @@ class LabelSelector:
 
 
 # The grammar, and the errors, of apimachinery's labels/selector.go.
-_TOKENS = re.compile(r"\s*(?:(==|!=|[()!,=<>])|([^()!,=<>\s]+))")
+_WORDS = re.compile(r"\s*(?:(==|!=|[()!,=<>])|([^()!,=<>\s]+))")
 _OPS = {"=": "in", "==": "in", "!=": "notin", ">": "gt", "<": "lt"}
 
 
 class _Parser:
     def __init__(self, text: str) -> None:
-        self._tokens = ["".join(found) for found in _TOKENS.findall(text)]
+        self._words = ["".join(found) for found in _WORDS.findall(text)]
 
     def _peek(self) -> str:
-        return self._tokens[0] if self._tokens else ""
+        return self._words[0] if self._words else ""
 
     def _next(self) -> str:
-        return self._tokens.pop(0) if self._tokens else ""
+        return self._words.pop(0) if self._words else ""
 
     def parse(self) -> list[Requirement]:
         found: list[Requirement] = []
         while True:
-            token = self._peek()
-            if token in ("", ")", "(", "=", "==", "!=", ">", "<") or (token == "," and not found):
-                if not token and not found:
+            word = self._peek()
+            if word in ("", ")", "(", "=", "==", "!=", ">", "<") or (word == "," and not found):
+                if not word and not found:
                     return found
-                raise bad_request(f"found '{token}', expected: !, identifier, or 'end of string'")
+                raise bad_request(f"found '{word}', expected: !, identifier, or 'end of string'")
             found.append(self._requirement())
-            token = self._next()
-            if not token:
+            word = self._next()
+            if not word:
                 return found
-            if token != ",":
-                raise bad_request(f"found '{token}', expected: ',' or 'end of string'")
+            if word != ",":
+                raise bad_request(f"found '{word}', expected: ',' or 'end of string'")
             if not self._peek():
                 raise bad_request("found '', expected: identifier after ','")
 
@@ -85,41 +85,41 @@ class _Parser:
         if absent:
             self._next()
         key = self._next()
-        if why := validation.qualified_name(key):
+        if why := rules.qualified_name(key):
             raise _unparsed(f'<nil>: Invalid value: "{key}": {why[0]}')
         if absent or self._peek() in ("", ","):
             return Requirement(key, "absent" if absent else "exists")
-        token = self._next()
-        if token in ("in", "notin"):
-            return Requirement(key, token, self._checked(key, self._values()))
-        if token not in _OPS:
-            raise _unparsed(f"found '{token}', expected: in, notin, =, ==, !=, gt, lt")
+        word = self._next()
+        if word in ("in", "notin"):
+            return Requirement(key, word, self._checked(key, self._values()))
+        if word not in _OPS:
+            raise _unparsed(f"found '{word}', expected: in, notin, =, ==, !=, gt, lt")
         value = "" if self._peek() in ("", ",") else self._next()
-        if token in "<>" and not re.fullmatch(r"-?\d+", value):
+        if word in "<>" and not re.fullmatch(r"-?\d+", value):
             raise _unparsed(
                 f'values[0]: Invalid value: "{value}": for \'Gt\', \'Lt\' operators, the value must be an integer'
             )
-        return Requirement(key, _OPS[token], self._checked(key, [value]))
+        return Requirement(key, _OPS[word], self._checked(key, [value]))
 
     def _values(self) -> list[str]:
-        token = self._next()
-        if token != "(":
-            raise _unparsed(f"found '{token}' expected: '('")
+        word = self._next()
+        if word != "(":
+            raise _unparsed(f"found '{word}' expected: '('")
         values, last = [], ","
-        while (token := self._next()) != ")":
-            if not token:
+        while (word := self._next()) != ")":
+            if not word:
                 raise _unparsed("found '', expected: ',', or ')'")
-            if token != ",":
-                values.append(token)
+            if word != ",":
+                values.append(word)
             elif last == ",":
                 values.append("")
-            last = token
+            last = word
         return values if values and last != "," else [*values, ""]
 
     @staticmethod
     def _checked(key: str, values: list[str]) -> frozenset[str]:
         for i, value in enumerate(values):
-            if why := validation.label_value(value):
+            if why := rules.label_value(value):
                 raise _unparsed(f'values[{i}][{key}]: Invalid value: "{value}": {why[0]}')
         return frozenset(values)
 
@@ -142,6 +142,9 @@ def from_object(selector: Obj | None) -> LabelSelector | None:
     for expr in selector.get("matchExpressions") or []:
         found.append(Requirement(expr["key"], ops[expr["operator"]], frozenset(expr.get("values") or ())))
     return LabelSelector(tuple(found))
+
+
+EVERY_LABEL = LabelSelector()
 
 
 def _path(path: str) -> Callable[[Obj], str]:
@@ -192,6 +195,9 @@ class FieldSelector:
 
     def matches(self, obj: Obj) -> bool:
         return all(term.matches(obj) for term in self.terms)
+
+
+EVERY_FIELD = FieldSelector()
 
 
 def _read(field: str) -> Callable[[Obj], str]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from sandbox.apiserver import errors, patch
 from sandbox.apiserver.authn import Tokens
-from sandbox.apiserver.core import Core, Write, now
+from sandbox.apiserver.core import Core, Write
 from sandbox.apiserver.resources import Resource
 from sandbox.apiserver.selectors import from_object
 from sandbox.apiserver.store import Stored
+from sandbox.apiserver.times import now
 from sandbox.client import ApiError, Obj
 
 SUCCESS: Obj = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
@@ -124,7 +125,7 @@ def _unready_may_go(pod: Obj, budget: Obj) -> bool:
     if budget["spec"].get("unhealthyPodEvictionPolicy") == "AlwaysAllow":
         return True
     status = budget.get("status") or {}
-    return status.get("currentHealthy", 0) >= status.get("desiredHealthy", 0) > 0
+    return bool(status.get("currentHealthy", 0) >= status.get("desiredHealthy", 0) > 0)
 
 
 def _take(core: Core, budget: Stored, pod: str, write: Write) -> None:

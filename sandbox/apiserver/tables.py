@@ -38,25 +38,25 @@ def _parse(when: str) -> datetime:
     return datetime.fromisoformat(when.replace("Z", "+00:00"))
 
 
+# Up to so many seconds a duration is written in this unit, with the next smaller one beside it or not.
+_UNITS: tuple[tuple[int, int, str, int, str], ...] = (
+    (120, 1, "s", 0, ""),
+    (600, 60, "m", 1, "s"),
+    (3 * 3600, 60, "m", 0, ""),
+    (8 * 3600, 3600, "h", 60, "m"),
+    (48 * 3600, 3600, "h", 0, ""),
+    (8 * 86400, 86400, "d", 3600, "h"),
+    (730 * 86400, 86400, "d", 0, ""),
+    (2**62, 365 * 86400, "y", 86400, "d"),
+)
+
+
 def human(seconds: float) -> str:
     """A duration as kubectl writes it: 5s, 3m20s, 2d3h."""
-    total = int(seconds)
-    if total < 0:
-        return "<invalid>" if total < -1 else "0s"
-    minutes, hours, days = total // 60, total // 3600, total // 86400
-    if total < 120:
-        return f"{total}s"
-    if minutes < 10:
-        return f"{minutes}m{total % 60}s" if total % 60 else f"{minutes}m"
-    if hours < 3:
-        return f"{minutes}m"
-    if hours < 8:
-        return f"{hours}h{minutes % 60}m" if minutes % 60 else f"{hours}h"
-    if hours < 48:
-        return f"{hours}h"
-    if days < 8:
-        return f"{days}d{hours % 24}h" if hours % 24 else f"{days}d"
-    return f"{days}d" if days < 730 else f"{days // 365}y{days % 365}d"
+    total = max(int(seconds), 0)
+    _, unit, word, small, small_word = next(entry for entry in _UNITS if total < entry[0])
+    rest = total % unit // small if small else 0
+    return f"{total // unit}{word}" + (f"{rest}{small_word}" if rest else "")
 
 
 def age(when: str | None) -> str:
@@ -277,8 +277,9 @@ def _event(event: Obj) -> Cells:
     seen = f"{age(last)} (x{count} over {age(first)})" if count > 1 and first else age(last)
     origin = ", ".join(filter(None, (source.get("component") or event.get("reportingComponent"), source.get("host"))))
     return [
-        seen, event.get("type", ""), event.get("reason", ""), f"{about.get('kind', '').lower()}/{about.get('name', '')}",
-        about.get("fieldPath", ""), origin, (event.get("message") or "").strip(), age(first), count,
+        seen, event.get("type", ""), event.get("reason", ""),
+        f"{about.get('kind', '').lower()}/{about.get('name', '')}", about.get("fieldPath", ""), origin,
+        (event.get("message") or "").strip(), age(first), count,
         event["metadata"]["name"],
     ]
 
@@ -318,8 +319,9 @@ def _hpa_metric(obj: Obj) -> str:
 def _hpa(obj: Obj) -> Cells:
     spec, ref = obj["spec"], obj["spec"]["scaleTargetRef"]
     return [
-        obj["metadata"]["name"], f"{ref['kind']}/{ref['name']}", _hpa_metric(obj), str(spec.get("minReplicas", "<unset>")),
-        spec["maxReplicas"], (obj.get("status") or {}).get("currentReplicas", 0), _age(obj),
+        obj["metadata"]["name"], f"{ref['kind']}/{ref['name']}", _hpa_metric(obj),
+        str(spec.get("minReplicas", "<unset>")), spec["maxReplicas"],
+        (obj.get("status") or {}).get("currentReplicas", 0), _age(obj),
     ]
 
 
@@ -416,11 +418,15 @@ _DEFAULT: Printer = (_columns("Name,Age"), _name_age)
 # -- custom resources
 
 
+_STEP = re.compile(
+    r"""\.([\w\0-]+)|\[(\d+|\*)\]|\[\?\(@\.(\w+)\s*==\s*["']([^"']*)["']\)\]|\[['"]([^'"]+)['"]\]"""
+)
+
+
 def json_path(obj: Any, path: str) -> Any:
     """The simple JSONPath that printer columns use: .a.b[0], .a[?(@.type=="x")].b, .a['x.y']."""
     values = [obj]
-    for part in re.findall(r"""\.([\w-]+)|\[(\d+|\*)\]|\[\?\(@\.(\w+)\s*==\s*["']([^"']*)["']\)\]|\[['"]([^'"]+)['"]\]""",
-                           path.replace("\\.", "\0")):
+    for part in _STEP.findall(path.replace("\\.", "\0")):
         values = list(_step(values, part))
     return values[0] if values else None
 

@@ -21,7 +21,13 @@ from sandbox.client import Obj
 
 _QUANTITY = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+|[numkKMGTPE]i?)?")
 _QUANTITY_ERROR = "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'"
-_GO_NAMES = {"quantity": "resource.Quantity", "intstr": "intstr.IntOrString", "time": "v1.Time", "microtime": "v1.MicroTime", "bytes": "[]uint8"}
+_GO_NAMES = {
+    "quantity": "resource.Quantity",
+    "intstr": "intstr.IntOrString",
+    "time": "v1.Time",
+    "microtime": "v1.MicroTime",
+    "bytes": "[]uint8",
+}
 _BOUNDS = {"int32": 2**31, "int64": 2**63}
 
 
@@ -112,30 +118,39 @@ def _mismatch(value: Any, struct: str, path: str, go_type: str) -> _Wrong:
     return _Wrong(f"json: cannot unmarshal {_json_kind(value)} into Go struct field {struct}.{path} of type {go_type}")
 
 
+_PYTHON: dict[str, tuple[type, ...]] = {
+    "string": (str,), "bool": (bool,), "int32": (int, float), "int64": (int, float), "float64": (int, float),
+    "intstr": (int, str), "quantity": (int, float, str), "bytes": (str,), "time": (str,), "microtime": (str,),
+}
+
+
 def _scalar(type: str, value: Any, struct: str, path: str) -> Any:
+    fits = isinstance(value, _PYTHON[type]) and (type == "bool" or not isinstance(value, bool))
+    if not fits:
+        raise _mismatch(value, struct, path, _go(type))
     match type:
-        case "string" if isinstance(value, str):
-            return value
-        case "bool" if isinstance(value, bool):
-            return value
-        case "int32" | "int64" if isinstance(value, int | float) and not isinstance(value, bool):
-            if value != int(value) or not -_BOUNDS[type] <= value < _BOUNDS[type]:
-                raise _Wrong(f"json: cannot unmarshal number {value} into Go struct field {struct}.{path} of type "
-                             f"{type}")
-            return int(value)
-        case "float64" if isinstance(value, int | float) and not isinstance(value, bool):
-            return value
-        case "intstr" if isinstance(value, int | str) and not isinstance(value, bool):
-            return value
-        case "quantity" if isinstance(value, int | float | str) and not isinstance(value, bool):
-            if not _QUANTITY.fullmatch(str(value)):
-                raise _Wrong(_QUANTITY_ERROR)
-            return str(value)
-        case "bytes" if isinstance(value, str):
+        case "int32" | "int64":
+            return _checked_int(type, value, struct, path)
+        case "quantity":
+            return _checked_quantity(str(value))
+        case "bytes":
             return _checked_base64(value)
-        case "time" | "microtime" if isinstance(value, str):
+        case "time" | "microtime":
             return _checked_time(type, value)
-    raise _mismatch(value, struct, path, _go(type))
+        case _:
+            return value
+
+
+def _checked_int(type: str, value: float, struct: str, path: str) -> int:
+    if value != int(value) or not -_BOUNDS[type] <= value < _BOUNDS[type]:
+        raise _Wrong(f"json: cannot unmarshal number {value} into Go struct field {struct}.{path} of type {type}")
+    return int(value)
+
+
+def _checked_quantity(value: str) -> str:
+    if not _QUANTITY.fullmatch(value):
+        raise _Wrong(_QUANTITY_ERROR)
+    return value
 
 
 _TIMES = {

@@ -1,208 +1,31 @@
-"""Validation of metadata and of built-in kinds, in the real server's words (pkg/apis/*/validation, 1.36)."""
+"""Validation of built-in kinds, in the real server's words (pkg/apis/*/validation, 1.36)."""
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
-
-import orjson
 
 from sandbox.apiserver import errors
 from sandbox.apiserver.errors import Cause
 from sandbox.apiserver.resources import Resource
+from sandbox.apiserver.rules import (
+    CONFIG_KEY,
+    duplicate,
+    forbidden,
+    full,
+    invalid,
+    label,
+    labels,
+    metadata,
+    missing,
+    qualified_name,
+    required,
+    unsupported,
+)
+from sandbox.apiserver.selectors import from_object
 from sandbox.client import Obj
-
-SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
-LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-_KEY_NAME = r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]"
-_LABEL_VALUE = r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?"
-_CONFIG_KEY = r"[-._a-zA-Z0-9]+"
-_ANNOTATIONS_BYTES = 262144
-_FINALIZERS = frozenset({"orphan", "foregroundDeletion", "kubernetes"})
-
-
-# -- causes
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else orjson.dumps(value).decode()
-
-
-def invalid(field: str, value: Any, why: str) -> Cause:
-    return Cause("FieldValueInvalid", f"Invalid value: {_show(value)}: {why}", field)
-
-
-def required(field: str, why: str = "") -> Cause:
-    return Cause("FieldValueRequired", f"Required value: {why}" if why else "Required value", field)
-
-
-def unsupported(field: str, value: Any, supported: Iterable[str]) -> Cause:
-    listed = ", ".join(f'"{entry}"' for entry in supported)
-    return Cause("FieldValueNotSupported", f"Unsupported value: {_show(value)}: supported values: {listed}", field)
-
-
-def forbidden(field: str, why: str) -> Cause:
-    return Cause("FieldValueForbidden", f"Forbidden: {why}", field)
-
-
-def duplicate(field: str, value: Any) -> Cause:
-    return Cause("FieldValueDuplicate", f"Duplicate value: {_show(value)}", field)
-
-
-def missing(field: str, value: Any) -> Cause:
-    return Cause("FieldValueNotFound", f"Not found: {_show(value)}", field)
-
-
-@functools.cache
-def _regex(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
-
-
-def _full(pattern: str, text: str) -> bool:
-    return _regex(pattern).fullmatch(text) is not None
-
-
-# -- names
-
-
-_SUBDOMAIN_WHY = (
-    "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and "
-    f"end with an alphanumeric character (e.g. 'example.com', regex used for validation is '{SUBDOMAIN}')"
-)
-_LABEL_WHY = (
-    "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with "
-    f"an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '{LABEL}')"
-)
-def subdomain(text: str) -> list[str]:
-    too_long = ["must be no more than 253 characters"] if len(text) > 253 else []
-    return too_long + ([] if _full(SUBDOMAIN, text) else [_SUBDOMAIN_WHY])
-
-
-def label(text: str) -> list[str]:
-    too_long = ["must be no more than 63 characters"] if len(text) > 63 else []
-    if _full(LABEL, text):
-        return too_long
-    return [*too_long, "must not contain dots" if _full(SUBDOMAIN, text) else _LABEL_WHY]
-
-
-def _path_segment(text: str) -> list[str]:
-    if text in (".", ".."):
-        return [f"may not be '{text}'"]
-    return [f"may not contain '{char}'" for char in "/%" if char in text]
-
-
-_NAMES: dict[str, Callable[[str], list[str]]] = {
-    "Namespace": label,
-    "Service": label,
-    "Role": _path_segment,
-    "RoleBinding": _path_segment,
-    "ClusterRole": _path_segment,
-    "ClusterRoleBinding": _path_segment,
-}
-
-
-def _names(res: Resource, meta: Obj) -> list[Cause]:
-    check = subdomain if res.custom else _NAMES.get(res.kind, subdomain)
-    causes = []
-    prefix, name = meta.get("generateName"), meta.get("name")
-    if prefix:
-        shown = prefix[:-1] if prefix.endswith("-") else prefix
-        causes = [invalid("metadata.generateName", prefix, why) for why in check(shown) if len(prefix) <= 58]
-    if not name:
-        return [*causes, required("metadata.name", "name or generateName is required")]
-    return causes + [invalid("metadata.name", name, why) for why in check(name)]
-
-
-# -- labels, annotations
-
-
-def label_value(text: str) -> list[str]:
-    if len(text) > 63:
-        return ["must be no more than 63 bytes"]
-    if _full(_LABEL_VALUE, text):
-        return []
-    return [
-        "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start "
-        "and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for "
-        f"validation is '{_LABEL_VALUE}')"
-    ]
-
-
-def qualified_name(text: str, whole: str = "a valid label key") -> list[str]:
-    """Errors of a label's or annotation's key."""
-    rule = (
-        "must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric "
-        f"character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '{_KEY_NAME}')"
-    )
-    parts = text.split("/")
-    if len(parts) > 2:
-        return [f"{whole} {rule} with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')"]
-    found = []
-    if len(parts) == 2:
-        found = ["prefix part must be non-empty"] if not parts[0] else [
-            f"prefix part {why}" for why in subdomain(parts[0])
-        ]
-    name = parts[-1]
-    if not name:
-        return [*found, "name part must be non-empty"]
-    if len(name) > 63:
-        found.append("name part must be no more than 63 bytes")
-    return found if _full(_KEY_NAME, name) else [*found, f"name part {rule}"]
-
-
-def labels(values: Obj | None, field: str) -> list[Cause]:
-    causes = []
-    for key, value in (values or {}).items():
-        causes += [invalid(field, key, why) for why in qualified_name(key)]
-        causes += [invalid(field, value, why) for why in label_value(value)]
-    return causes
-
-
-def _annotations(values: Obj | None, field: str) -> list[Cause]:
-    causes = []
-    for key in values or {}:
-        causes += [invalid(field, key, why) for why in qualified_name(key.lower(), "a valid annotation key")]
-    if sum(len(key) + len(value) for key, value in (values or {}).items()) > _ANNOTATIONS_BYTES:
-        text = f"Too long: may not be more than {_ANNOTATIONS_BYTES} bytes"
-        causes.append(Cause("FieldValueTooLong", text, field))
-    return causes
-
-
-def _owners(owners: Sequence[Obj] | None) -> list[Cause]:
-    causes = [
-        invalid(f"metadata.ownerReferences.{key}", owner.get(key, ""), "must not be empty")
-        for owner in owners or []
-        for key in ("apiVersion", "kind", "name", "uid")
-        if not owner.get(key)
-    ]
-    if sum(bool(owner.get("controller")) for owner in owners or []) > 1:
-        why = "Only one reference can have Controller set to true."
-        causes.append(invalid("metadata.ownerReferences", owners, why))
-    return causes
-
-
-def _finalizers(finalizers: Sequence[str] | None, *, strict: bool) -> list[Cause]:
-    causes = []
-    for i, entry in enumerate(finalizers or []):
-        field = f"metadata.finalizers[{i}]"
-        causes += [invalid(field, entry, why) for why in qualified_name(entry)]
-        if strict and "/" not in entry and entry not in _FINALIZERS:
-            causes.append(invalid(field, entry, "name is neither a standard finalizer name nor is it fully qualified"))
-    return causes
-
-
-def _metadata(res: Resource, meta: Obj) -> list[Cause]:
-    return [
-        *_names(res, meta),
-        *labels(meta.get("labels"), "metadata.labels"),
-        *_annotations(meta.get("annotations"), "metadata.annotations"),
-        *_owners(meta.get("ownerReferences")),
-        *_finalizers(meta.get("finalizers"), strict=not res.custom and res.group != "apiextensions.k8s.io"),
-    ]
-
 
 # -- quantities
 
@@ -294,7 +117,7 @@ def _env(container: Obj, field: str) -> list[Cause]:
         at, name = f"{field}.env[{i}]", env.get("name") or ""
         if not name:
             causes.append(required(f"{at}.name"))
-        elif not _full(r"[ -<>-~]+", name):
+        elif not full(r"[ -<>-~]+", name):
             why = "a valid environment variable name must consist only of printable ASCII characters other than '='"
             causes.append(invalid(f"{at}.name", name, why))
         if env.get("value") and env.get("valueFrom"):
@@ -459,9 +282,8 @@ def _template(spec: Obj, policies: Sequence[str] = ("Always",)) -> list[Cause]:
     have = (template.get("metadata") or {}).get("labels")
     selector = spec.get("selector")
     try:
-        from sandbox.apiserver.selectors import from_object  # late: selectors validate label keys with this module
-
-        matches = selector is not None and bool(found := from_object(selector)) and found.matches(have)
+        found = from_object(selector)
+        matches = found is not None and found.matches(have)
     except KeyError:  # an operator that does not exist, reported with the selector
         matches = True
     if not matches:
@@ -485,7 +307,7 @@ def int_or_percent(value: Any, field: str) -> list[Cause]:
         return []
     if isinstance(value, int):
         return [] if value >= 0 else [invalid(field, value, "must be greater than or equal to 0")]
-    if not _full(r"[0-9]+%", value):
+    if not full(r"[0-9]+%", value):
         return [invalid(field, value, _PERCENT_WHY)]
     return [invalid(field, value, "must not be greater than 100%")] if int(value[:-1]) > 100 else []
 
@@ -497,7 +319,7 @@ def _is_zero(value: Any) -> bool:
 def _rolling(rolling: Obj, field: str) -> list[Cause]:
     unavailable, surge = rolling.get("maxUnavailable"), rolling.get("maxSurge")
     causes = int_or_percent(unavailable, f"{field}.maxUnavailable")
-    if not (isinstance(surge, str) and _full(r"[0-9]+%", surge)):  # a surge may exceed 100 %
+    if not (isinstance(surge, str) and full(r"[0-9]+%", surge)):  # a surge may exceed 100 %
         causes += int_or_percent(surge, f"{field}.maxSurge")
     if _is_zero(unavailable) and _is_zero(surge):
         causes.append(invalid(f"{field}.maxUnavailable", unavailable, "may not be 0 when `maxSurge` is 0"))
@@ -585,10 +407,10 @@ def _keys(obj: Obj) -> list[Cause]:
     causes = []
     for part in ("data", "binaryData"):
         for key in obj.get(part) or {}:
-            if not _full(_CONFIG_KEY, key) or key in (".", ".."):
+            if not full(CONFIG_KEY, key) or key in (".", ".."):
                 why = (
                     "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or "
-                    f"'KEY_NAME',  or 'key-name', regex used for validation is '{_CONFIG_KEY}')"
+                    f"'KEY_NAME',  or 'key-name', regex used for validation is '{CONFIG_KEY}')"
                 )
                 causes.append(invalid(f"{part}[{key}]", key, why))
     return causes
@@ -727,7 +549,7 @@ def _of_kind(res: Resource, obj: Obj) -> list[Cause]:
 
 def check_create(res: Resource, obj: Obj, extra: Sequence[Cause] = ()) -> None:
     """Raises ApiError(422). `extra` are findings of the caller's (a custom resource's schema)."""
-    _raise(res, obj, [*_metadata(res, obj["metadata"]), *_of_kind(res, obj), *extra])
+    _raise(res, obj, [*metadata(res, obj["metadata"]), *_of_kind(res, obj), *extra])
 
 
 # -- updates
@@ -834,7 +656,7 @@ _UPDATES: dict[str, Callable[[Obj, Obj], list[Cause]]] = {
 def check_update(res: Resource, new: Obj, old: Obj, sub: str, extra: Sequence[Cause] = ()) -> None:
     """Raises ApiError(422)."""
     meta, before = new["metadata"], old["metadata"]
-    causes = _metadata(res, meta)
+    causes = metadata(res, meta)
     if res.custom is None and not sub:
         causes *= 4  # the real server looks at metadata four times, and lists what it finds as often
     if before.get("deletionTimestamp"):
