@@ -23,7 +23,7 @@ from markupsafe import Markup
 from gameday import record
 from gameday.clock import Epoch
 from gameday.model import Finding, Judgement, Note, Timeline, Verdict
-from reports import charts, verdicts, view, words
+from reports import charts, history, verdicts, view, words
 from reports.console import healed, story
 
 HERE = Path(__file__).parent
@@ -60,6 +60,7 @@ def write_index(run_root: Path) -> Path:
         .render(
             run=run_root.name,
             entries=found,
+            trends=history.trends(run_root),
             tally=words.tally(e.judgement.verdict for e in found) or "no experiment ran",
             worst=Verdict.worst(e.judgement.verdict for e in found),
             about=found[0].about if found else {},

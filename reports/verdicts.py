@@ -16,7 +16,8 @@ from gameday.model import Counts, Finding, Judgement, Verdict
 from gameday.record import read_verdict
 
 RUN = "run.json"
-VERDICT = "verdict.json"
+SIGNS = (RUN, "verdict.json", "events.jsonl", "experiment.json")
+"""Files by which the directory of an experiment is known, however early it died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def entries(run_root: Path) -> tuple[Entry, ...]:
     """The experiments below `runs/<run-id>/`, in the order in which they began; RecordError where there is no run."""
     if not run_root.is_dir():
         raise RecordError(f"{run_root} is not a run directory")
-    dirs = sorted(d for d in run_root.iterdir() if (d / RUN).is_file() or (d / VERDICT).is_file())
+    dirs = sorted(d for d in run_root.iterdir() if any((d / name).is_file() for name in SIGNS))
     found = [Entry(d, read(d), _about(d)) for d in dirs]
     return tuple(sorted(found, key=lambda e: _number(e.about.get("epoch_mono"))))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import orjson
 
@@ -34,6 +35,8 @@ from gameday.model import (
     Timeline,
 )
 from gameday.objectives import FirstToken, NothingLeftBehind, Objectives, Promql, Recovers, Success, UnbrokenStreams
+
+Stage = Literal["exists", "created", "scheduled", "started", "ready", "unready", "terminating", "gone", "restarted"]
 
 START = 5000.0  # monotonic
 F = START + 30.0
@@ -189,10 +192,9 @@ def _fault_marks() -> Iterator[Event]:
 
 
 def _pods(detail: str) -> Iterator[Event]:
-    def mark(t: float, pod: str, stage: str, zone: str, *, owner: str = "my-llama32") -> Event:
-        return PodMark(
-            t, f"llm/{pod}", f"uid-{pod}", stage, f"node-{zone}1", zone, owner, f"llm/{pod}" in LOST, detail=detail
-        )  # type: ignore[arg-type]
+    def mark(t: float, pod: str, stage: Stage, zone: str, *, owner: str = "my-llama32") -> Event:
+        target = f"llm/{pod}" in LOST
+        return PodMark(t, f"llm/{pod}", f"uid-{pod}", stage, f"node-{zone}1", zone, owner, target, detail=detail)
 
     for zone in ZONES:
         for i in range(2):
@@ -205,7 +207,13 @@ def _pods(detail: str) -> Iterator[Event]:
         yield mark(F + 5.5 + i / 5, engine("b", i), "terminating", "b")
         yield mark(F + 9.0 + i / 5, engine("b", i), "gone", "b")
         new = f"my-llama32-7d9c5b6f4-n{i}w11"
-        for after, stage in ((5.6, "created"), (6.1, "scheduled"), (7.3, "started"), (14.2 + i, "ready")):
+        steps: tuple[tuple[float, Stage], ...] = (
+            (5.6, "created"),
+            (6.1, "scheduled"),
+            (7.3, "started"),
+            (14.2 + i, "ready"),
+        )
+        for after, stage in steps:
             yield mark(F + after + i / 10, new, stage, "ac"[i])
 
 

@@ -16,7 +16,7 @@ import synthetic
 
 from gameday import record
 from gameday.errors import RecordError
-from gameday.model import Timeline, Verdict
+from gameday.model import FaultMark, Timeline, Verdict
 from reports import html, view, words
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -213,10 +213,8 @@ def test_phases_count_as_the_objectives_do() -> None:
 
 def test_repeated_looks_at_the_effect_are_folded_but_its_loss_is_kept() -> None:
     made = synthetic.timeline()
-    events = [
-        replace(e, ok=False) if getattr(e, "step", "") == "effect" and e.t == synthetic.F + 20.5 else e
-        for e in made.events
-    ]
+    lost = synthetic.F + 20.5
+    events = [replace(e, ok=False) if isinstance(e, FaultMark) and e.t == lost else e for e in made.events]
     looks = [m for m in view.fault_marks(replace(made, events=tuple(events))) if m.step == "effect"]
     assert len(looks) < 12
     assert [m.ok for m in looks if m.what == "partition"] == [True, False, True, True]

@@ -56,6 +56,14 @@ def test_a_run_on_disk(run_root: Path) -> None:
     assert seconds["zone_outage"] == pytest.approx(104)
 
 
+def test_an_experiment_that_died_before_its_run_json_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "pod_kill").mkdir()
+    (tmp_path / "pod_kill" / "events.jsonl").touch()
+    root = ElementTree.parse(junit.write(tmp_path)).getroot()
+    assert [c.get("name") for c in root.iter("testcase")] == ["pod_kill"]
+    assert root.get("errors") == "1"
+
+
 def test_nothing_ran_is_an_error() -> None:
     root = junit.suites([], "r1")
     assert (root.get("tests"), root.get("errors")) == ("1", "1")
