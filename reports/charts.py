@@ -206,17 +206,16 @@ def latency(points: view.Points, on: Axis, limits: Sequence[view.Span], shared: 
 
 
 def _called(kind: Group, points: view.Points) -> str:
-    if kind is Group.GOOD and points.one_in > 1:
-        return f"good (1 in {points.one_in} drawn)"
-    return str(kind)
+    one_in = points.one_in if kind is Group.GOOD else points.bad_one_in
+    return f"{kind} (1 in {one_in} drawn)" if one_in > 1 else str(kind)
 
 
 def _scatter(plot: Plot, kind: Group, chosen: Sequence[view.Point]) -> Any:
     marker, colour, size, alpha = _MARKERS[kind]
     source = ColumnDataSource(
         {
-            "x": np.array([p.x for p in chosen]),
-            "y": np.array([p.y for p in chosen]),
+            "x": np.array([p.x for p in chosen], dtype=np.float32),
+            "y": np.array([p.y for p in chosen], dtype=np.float32),
             "outcome": [str(p.outcome) for p in chosen],
             "cls": [p.cls for p in chosen],
             "pod": [p.pod for p in chosen],

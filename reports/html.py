@@ -151,7 +151,15 @@ def _latency_figure(timeline: Timeline, judgement: Judgement, on: view.Axis, sha
         f"{f.phase}: {f.requests:,} requests, {f.good:,} good, first token p95 {words.quantity(f.p95, 's')}"
         for f in figures
     )
-    sampled = f" Of {points.good_total:,} good requests {points.good_drawn:,} are drawn." if points.one_in > 1 else ""
+    sampled = ""
+    if points.one_in > 1:
+        sampled = (
+            f" Of {points.good_total:,} good requests {points.good_drawn:,} are drawn, the slowest of each ½ s too."
+        )
+    if points.bad_one_in > 1:
+        sampled += f" Of {points.bad_total:,} others {points.bad_drawn:,} are drawn."
+    elif points.bad_total:
+        sampled += f" All {points.bad_total:,} others are drawn."
     return Figure(
         "latency",
         "Requests",

@@ -34,6 +34,7 @@ from gameday.windows import requests
 
 BIN = 0.5  # seconds
 POINTS = 4000  # good requests drawn at most, beside the slowest of every bin
+BAD_POINTS = 6000  # others drawn at most: more would lie on top of each other, and fill the file
 LANES = 60  # pods drawn at most
 
 
@@ -94,10 +95,15 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Points:
+    """`one_in`: of the good ones, beside the slowest of each bin; `bad_one_in` is 1 but in the largest outages."""
+
     drawn: tuple[Point, ...]
-    one_in: int  # of the good ones, beside the slowest of each bin
+    one_in: int
+    bad_one_in: int
     good_total: int
     good_drawn: int
+    bad_total: int
+    bad_drawn: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,16 +205,25 @@ def _fault(timeline: Timeline, marks: Sequence[FaultMark], zero: Instant, last: 
 def points(timeline: Timeline, on: Axis) -> Points:
     """All requests that did not end well, and of the good ones every n-th and the slowest of every bin."""
     good = [r for r in timeline.replies if r.ok]
-    one_in = max(1, math.ceil(len(good) / POINTS))
+    bad = [r for r in timeline.replies if not r.ok]
+    one_in, bad_one_in = max(1, math.ceil(len(good) / POINTS)), max(1, math.ceil(len(bad) / BAD_POINTS))
     slowest: dict[int, Reply] = {}
     for reply in good:
         key = math.floor(on.at(reply.t_intended) / BIN)
         if key not in slowest or _seconds(reply) > _seconds(slowest[key]):
             slowest[key] = reply
     kept = {(r.worker, r.seq): r for r in [*good[::one_in], *slowest.values()]}
-    drawn = [*kept.values(), *(r for r in timeline.replies if not r.ok)]
-    shown = tuple(_point(r, on) for r in sorted(drawn, key=lambda r: r.t_intended))
-    return Points(shown, one_in, len(good), len(kept))
+    kept_bad = bad[::bad_one_in]
+    drawn = sorted([*kept.values(), *kept_bad], key=lambda r: r.t_intended)
+    return Points(
+        drawn=tuple(_point(r, on) for r in drawn),
+        one_in=one_in,
+        bad_one_in=bad_one_in,
+        good_total=len(good),
+        good_drawn=len(kept),
+        bad_total=len(bad),
+        bad_drawn=len(kept_bad),
+    )
 
 
 def _seconds(reply: Reply) -> float:
@@ -224,7 +239,7 @@ def _point(reply: Reply, on: Axis) -> Point:
         outcome=reply.outcome,
         pod=reply.pod or "",
         zone=reply.zone or "",
-        detail=reply.detail[:120],
+        detail=reply.detail[:80],
     )
 
 
@@ -302,7 +317,7 @@ def _label(mark: PodMark, zone: str, target: bool) -> str:
     head, _, tail = name.rpartition("-")
     workload = (mark.owner or head.rsplit("-", 1)[0] or name)[:12]
     short = f"{workload}…{tail[-6:]}" if head else name[:18]
-    return f"{'◆ ' if target else ''}{short} {zone}".strip()
+    return f"{'◆ ' if target else ''}{short[:20]} {zone[:8]}".strip()
 
 
 def fault_marks(timeline: Timeline) -> tuple[FaultMark, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import synthetic
 
 from gameday import record
 from gameday.errors import RecordError
-from gameday.model import FaultMark, Timeline, Verdict
+from gameday.model import FaultMark, Outcome, Timeline, Verdict
 from reports import html, view, words
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -174,6 +175,22 @@ def test_every_bad_request_is_drawn_and_the_good_are_counted() -> None:
     assert sum(p.group is view.Group.GOOD for p in points.drawn) == points.good_drawn < points.good_total
     slowest = max(r.ttft or 0 for r in made.replies if r.ok)
     assert max(p.y for p in points.drawn if p.group is view.Group.GOOD) == pytest.approx(slowest, abs=1e-3)
+
+
+def test_a_long_total_outage_stays_readable_and_says_what_it_leaves_out() -> None:
+    made = synthetic.timeline()
+    down = [
+        replace(
+            r, outcome=Outcome.CONNECT_TIMEOUT, t_first=None, seq=r.seq + 10_000 * i, detail="connect: timed out " * 9
+        )
+        for i in range(3)
+        for r in made.replies
+    ]
+    out = replace(made, replies=tuple(down))
+    page = html.render(out, synthetic.judgement())
+    assert len(page) < 2_500_000
+    assert f"Of {len(down):,} others {math.ceil(len(down) / 4):,} are drawn" in page
+    assert "failed (1 in 4 drawn)" in page
 
 
 def test_rates_count_every_request_once() -> None:
