@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from sandbox.client import (
+    CONFIGMAPS,
+    CRDS,
     DAEMONSETS,
     DEPLOYMENTS,
     ENDPOINTSLICES,
@@ -77,6 +79,18 @@ def contains(name: str, names: set[str]) -> bool:
     return name in names
 
 
+def established(crd: Obj) -> bool:
+    return any(c["type"] == "Established" and c["status"] == "True" for c in crd["status"].get("conditions") or ())
+
+
+def reads(status: str, node: Obj) -> bool:
+    return any(c["type"] == "Ready" and c["status"] == status for c in node["status"]["conditions"])
+
+
+def effects(node: Obj) -> set[str]:
+    return {taint["effect"] for taint in node["spec"].get("taints") or ()}
+
+
 @dataclass(frozen=True)
 class World:
     """A namespace and some nodes that the test keeps alive."""
@@ -116,6 +130,9 @@ class World:
 
     async def pods(self, app: str) -> list[Obj]:
         return (await self.api.list(PODS, self.space, labels=f"app={app}"))[0]
+
+    async def maps(self) -> set[str]:
+        return {m["metadata"]["name"] for m in (await self.api.list(CONFIGMAPS, self.space))[0]}
 
     async def names(self) -> set[str]:
         return {p["metadata"]["name"] for p in (await self.api.list(PODS, self.space))[0]}
@@ -248,6 +265,31 @@ def test_a_lost_node_is_evicted_and_its_deployment_moves(control_plane: tuple[st
     asyncio.run(scene())
 
 
+def test_when_everything_is_lost_nothing_is_evicted(control_plane: tuple[str, str, str]) -> None:
+    """All nodes silent at once: the control plane distrusts itself, and gives them a fresh chance afterwards."""
+
+    async def scene() -> None:
+        async with world(control_plane, "blackout") as w:
+            first, second = await w.add_nodes("a", "b")
+            others = [n for n in (await w.api.list(NODES))[0] if n["metadata"]["name"] not in (first, second)]
+            assert not others  # each test deletes its nodes
+            w.beating.clear()
+            for name in (first, second):
+                await until(partial(w.api.get, NODES, name), partial(reads, "Unknown"), "Unknown")
+            seen = time.monotonic()
+            while time.monotonic() - seen < 4 * COMPRESSED.node_monitor_period:
+                for name in (first, second):
+                    assert effects(await w.api.get(NODES, name)) == {"NoSchedule"}
+                await asyncio.sleep(0.1)
+            w.beating.add(first)
+            await w.report(first, "True")
+            await until(partial(w.api.get, NODES, first), lambda n: not n["spec"].get("taints"), "untainted")
+            await until(partial(w.api.get, NODES, second), lambda n: "NoExecute" in effects(n), "evicted from")
+            w.beating.add(second)  # for the clean-up
+
+    asyncio.run(scene())
+
+
 def test_daemons_run_on_every_node_and_roll(control_plane: tuple[str, str, str]) -> None:
     async def scene() -> None:
         async with world(control_plane, "daemons") as w:
@@ -320,6 +362,60 @@ def test_a_failing_job_gives_up(control_plane: tuple[str, str, str]) -> None:
             )
             assert job["status"]["failed"] == 1
             assert [c["reason"] for c in job["status"]["conditions"]] == ["BackoffLimitExceeded"] * 2
+
+    asyncio.run(scene())
+
+
+def test_foreground_deletion_ends_with_the_owner(control_plane: tuple[str, str, str]) -> None:
+    async def scene() -> None:
+        async with world(control_plane, "foreground") as w:
+            await w.make(DEPLOYMENTS, "web", replicas=2, **w.workload("web"))
+            await until(lambda: w.pods("web"), lambda p: len(p) == 2, "two pods")
+            await w.api.delete(DEPLOYMENTS, "web", w.space, propagation="Foreground")
+            async with Informer(w.api, DEPLOYMENTS, w.space).running() as left:
+
+                async def owners() -> int:
+                    return len(left.objects)
+
+                await until(owners, lambda n: n == 0, "the Deployment gone")
+            assert (await w.api.list(REPLICASETS, w.space))[0] == []
+            assert await w.pods("web") == []
+
+    asyncio.run(scene())
+
+
+def test_custom_resources_take_their_dependents_along(control_plane: tuple[str, str, str]) -> None:
+    widgets = Kind("controllers.test", "v1", "widgets", "Widget")
+    schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+    crd: Obj = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": "widgets.controllers.test"},
+        "spec": {
+            "group": "controllers.test",
+            "scope": "Namespaced",
+            "names": {"plural": "widgets", "singular": "widget", "kind": "Widget", "listKind": "WidgetList"},
+            "versions": [{"name": "v1", "served": True, "storage": True, "schema": schema}],
+        },
+    }
+
+    async def scene() -> None:
+        async with world(control_plane, "custom") as w:
+            await w.api.create(CRDS, crd)
+            try:
+                await until(partial(w.api.get, CRDS, "widgets.controllers.test"), established, "established")
+                owner = await w.make(widgets, "w")
+                ref = {"apiVersion": "controllers.test/v1", "kind": "Widget", "name": "w",
+                       "uid": owner["metadata"]["uid"]}  # fmt: skip
+                meta = {"name": "owned", "namespace": w.space, "ownerReferences": [ref]}
+                await w.api.create(CONFIGMAPS, {"metadata": meta})
+                await w.api.delete(widgets, "w", w.space)
+                await until(w.maps, lambda names: "owned" not in names, "the dependent gone")
+                meta["ownerReferences"] = [{**ref, "uid": "00000000-0000-0000-0000-000000000000"}]
+                await w.api.create(CONFIGMAPS, {"metadata": meta})
+                await until(w.maps, lambda names: "owned" not in names, "an orphan from birth gone")
+            finally:
+                await w.api.delete(CRDS, "widgets.controllers.test")
 
     asyncio.run(scene())
 
