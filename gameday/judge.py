@@ -117,6 +117,8 @@ def _load_conserved(timeline: Timeline) -> Finding:
     twice = [seq for seq, n in Counter(r.seq for r in timeline.replies).items() if n > 1]
     if twice:
         troubles.append(f"request {min(twice)} is recorded more than once")
+    if hole := _hole(timeline):
+        troubles.append(hole)
     if not workers:
         troubles.append("no load worker left a record")
     if troubles:
@@ -124,6 +126,19 @@ def _load_conserved(timeline: Timeline) -> Finding:
     return _run(
         title, PASS, f"{len(workers)} workers", float(planned), limit=float(planned), unit="count", samples=planned
     )
+
+
+def _hole(timeline: Timeline) -> str:
+    """A number of the plan that nobody accounts for, although it was due: a worker left no trace at all.
+
+    Numbers follow the order of time. A hole counts when the next request was still due before any worker stopped.
+    """
+    stopped = min((e.t_stop for e in of(timeline, LoadEnd)), default=0.0)
+    due = sorted((r.seq, r.t_intended) for r in timeline.replies)
+    for (a, _), (b, t) in pairwise([(-1, 0.0), *due]):
+        if b > a + 1 and t < stopped:
+            return f"nobody accounts for request {a + 1}, although it was due"
+    return ""
 
 
 def _worker_trouble(worker: int, ends: list[LoadEnd], recorded: Counter[str]) -> str:

@@ -350,9 +350,12 @@ def _story(steps: Mapping[str, float], worst: Back, outages_seen: int) -> str:
 
 
 def stages(timeline: Timeline, fault: float, back: float | None) -> dict[str, float]:
-    """Seconds after F at which each step towards recovery was seen; a step that was not seen is absent."""
-    old = {p.rsplit("/", 1)[-1] for p in timeline.fault.pods}
-    new: set[str] = set()
+    """Seconds after F at which each step towards recovery was first seen; a step that was not seen is absent.
+
+    Moved, started, loaded and served are those of replacements: pods that were created after F, and targets that
+    came back in place.
+    """
+    targets = {p.rsplit("/", 1)[-1] for p in timeline.fault.pods}
     found: dict[str, float] = {}
 
     def note(name: str, t: float) -> None:
@@ -360,17 +363,22 @@ def stages(timeline: Timeline, fault: float, back: float | None) -> dict[str, fl
             found[name] = t - fault
 
     for e in of(timeline, EndpointMark):
-        if not (e.ready and e.present) and (e.target or e.pod.rsplit("/", 1)[-1] in old):
+        if not (e.ready and e.present) and (e.target or e.pod.rsplit("/", 1)[-1] in targets):
             note("noticed", e.t)
-    pod_marks = sorted(of(timeline, PodMark), key=lambda m: m.t)
-    for p in pod_marks:
+    came_back: dict[str, float] = {}  # pod → from when on what it does counts
+    for p in sorted(of(timeline, PodMark), key=lambda m: m.t):
         name = p.pod.rsplit("/", 1)[-1]
-        if p.stage == "created" and p.t >= fault and name not in old:
-            new.add(name)
-        if name in new and p.stage in _STAGE_OF:
+        is_new = p.stage == "created" and name not in targets
+        is_back = p.stage in ("unready", "restarted", "created") and (p.target or name in targets)
+        if p.t >= fault and (is_new or is_back):
+            came_back.setdefault(name, p.t)
+        if name in came_back and p.stage in _STAGE_OF:
             note(_STAGE_OF[p.stage], p.t)
+            if p.stage == "ready":
+                came_back[name] = p.t
     for r in timeline.replies:
-        if r.ok and _pod(r) in new and r.t_first is not None:
+        since = came_back.get(_pod(r) or "")
+        if r.ok and r.t_first is not None and since is not None and r.t_intended >= since:
             note("served", r.t_first)
     if back is not None:
         note("steady", back)
@@ -378,4 +386,4 @@ def stages(timeline: Timeline, fault: float, back: float | None) -> dict[str, fl
 
 
 STAGES = ("noticed", "moved", "started", "loaded", "served", "steady")
-_STAGE_OF: Mapping[str, str] = {"scheduled": "moved", "started": "started", "ready": "loaded"}
+_STAGE_OF: Mapping[str, str] = {"scheduled": "moved", "started": "started", "restarted": "started", "ready": "loaded"}

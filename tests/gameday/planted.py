@@ -95,8 +95,9 @@ class Plant:
         )  # fmt: skip
 
     def events(self) -> list[Event]:
-        heal: list[Event] = [FaultMark(UNDO, Step.UNDO, True)] + [
-            FaultMark(GONE, s, True) for s in (Step.RECOVERED, Step.GONE, Step.HEALED)
+        heal: list[Event] = [
+            FaultMark(UNDO, Step.UNDO, True),
+            *(FaultMark(GONE, s, True) for s in (Step.RECOVERED, Step.GONE, Step.HEALED)),
         ]
         return [
             PhaseMark(BEFORE, Phase.BEFORE, "start"),
@@ -121,8 +122,8 @@ class Plant:
         for pod in self.pods:
             zone = pod[-1]
             found.append(NodeMark(BEFORE - 5, f"node-{zone}", "exists", zone))
-            for stage in ("exists", "ready"):
-                found.append(PodMark(BEFORE - 5, f"llm/{pod}", f"uid-{pod}", stage, f"node-{zone}", zone, "engine"))  # type: ignore[arg-type]
+            found.append(PodMark(BEFORE - 5, f"llm/{pod}", f"uid-{pod}", "exists", f"node-{zone}", zone, "engine"))
+            found.append(PodMark(BEFORE - 4, f"llm/{pod}", f"uid-{pod}", "ready", f"node-{zone}", zone, "engine"))
         return found
 
     def build(self) -> Timeline:
