@@ -12,11 +12,11 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from chaoslib.exceptions import ActivityFailed, ChaosException, InvalidExperiment
@@ -153,11 +153,15 @@ def finish() -> bool:
 
 
 class _Signals(RunEventHandler):  # type: ignore[misc]
-    """Signals only set the session's stop: every wait sees it, heals, and ends in order.
+    """SIGINT and SIGTERM set the session's stop, and nothing else: every wait sees it, heals, and ends in order.
 
     chaoslib's own handler raises inside whatever action runs, which swallows the exception and goes on to the
-    next fault (facts/peers.md); so ours replaces it once chaoslib has installed its own.
+    next fault (facts/peers.md); so ours replaces it once chaoslib has installed its own. Python handlers run
+    between any two bytecodes of the main thread, where taking a lock may deadlock: ours do nothing, and a thread
+    is told through the wake-up descriptor.
     """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, session: Session) -> None:
         super().__init__()
@@ -165,22 +169,38 @@ class _Signals(RunEventHandler):  # type: ignore[misc]
         self.received: int | None = None
 
     def started(self, experiment: Any, journal: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        self.install()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._session.stop("error", f"interrupted by {signal.Signals(number).name}: healing")
+    def install(self) -> None:
+        for number in self.NUMBERS:
+            signal.signal(number, lambda *_: None)
 
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Handle the signals ourselves while this is open."""
+        ears, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        old = {number: signal.getsignal(number) for number in self.NUMBERS}
+        old_fd = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        self.install()
+        thread = threading.Thread(target=self._listen, args=(ears,), name="signals", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(old_fd)
+            for number, handler in old.items():
+                signal.signal(number, handler)
+            mouth.close()
+            thread.join()
+            ears.close()
 
-@contextmanager
-def _handlers_kept() -> Iterator[None]:
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    def _listen(self, ears: socket.socket) -> None:
+        while data := ears.recv(16):
+            for number in data:
+                if number in self.NUMBERS:
+                    self.received = number
+                    self._session.stop("error", f"interrupted by {signal.Signals(number).name}: healing")
 
 
 @contextmanager
@@ -215,7 +235,7 @@ def execute(session: Session, title: str, seed: int) -> int | None:
     _session, _crash = session, None
     journal: Any = None
     try:
-        with _handlers_kept(), _log_to(session.dir):
+        with signals.heard(), _log_to(session.dir):
             try:
                 # deepcopy: chaoslib changes what it is given
                 journal = chaos_run(
