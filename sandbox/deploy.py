@@ -19,7 +19,7 @@ STACKS = Path(__file__).resolve().parent / "stack"
 _POLL = 0.1  # seconds
 _NODES_SECONDS = 30.0
 _RBAC = "rbac.authorization.k8s.io"
-_KINDS = {kind.kind: kind for kind in vars(client).values() if isinstance(kind, Kind)} | {
+KINDS = {kind.kind: kind for kind in vars(client).values() if isinstance(kind, Kind)} | {
     "Role": Kind(_RBAC, "v1", "roles", "Role"),
     "RoleBinding": Kind(_RBAC, "v1", "rolebindings", "RoleBinding"),
     "ClusterRole": Kind(_RBAC, "v1", "clusterroles", "ClusterRole", namespaced=False),
@@ -41,7 +41,7 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 async def apply(api: Api, document: Obj) -> None:
     """Create an object, or merge it into the one that is there. Raises `SandboxError` with the API's refusal."""
-    kind = _KINDS.get(document.get("kind", ""))
+    kind = KINDS.get(document.get("kind", ""))
     if kind is None:
         raise SandboxError(f"the sandbox does not deploy objects of kind {document.get('kind')!r}")
     meta = document["metadata"]
@@ -67,7 +67,7 @@ async def nodes_ready(api: Api, names: Sequence[str]) -> None:
     deadline = time.monotonic() + _NODES_SECONDS
     while True:
         nodes, _ = await api.list(NODES)
-        missing = set(names) - {node["metadata"]["name"] for node in nodes if _is_ready(node) and not _tainted(node)}
+        missing = set(names) - {node["metadata"]["name"] for node in nodes if is_ready(node) and not _tainted(node)}
         if not missing:
             return
         if time.monotonic() > deadline:
@@ -75,7 +75,8 @@ async def nodes_ready(api: Api, names: Sequence[str]) -> None:
         await asyncio.sleep(_POLL)
 
 
-def _is_ready(obj: Obj) -> bool:
+def is_ready(obj: Obj) -> bool:
+    """Whether a pod or a node says so of itself."""
     conditions = (obj.get("status") or {}).get("conditions") or []
     return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
@@ -90,7 +91,7 @@ async def ready(api: Api, stack_name: str, patience: float, state: Path) -> None
     `state` is the sandbox's state directory, where the pods' logs are.
     """
     deadline = time.monotonic() + patience
-    workloads = [(_KINDS[d["kind"]], d) for d in documents(stack_name) if d["kind"] in ("Deployment", "DaemonSet")]
+    workloads = [(KINDS[d["kind"]], d) for d in documents(stack_name) if d["kind"] in ("Deployment", "DaemonSet")]
     while True:
         late = [(kind, d) for kind, d in workloads if not await _complete(api, kind, d)]
         if not late:
@@ -115,7 +116,7 @@ async def _complete(api: Api, kind: Kind, document: Obj) -> bool:
 
 async def _reasons(api: Api, state: Path) -> str:
     pods, _ = await api.list(PODS)
-    late = [pod for pod in pods if not _is_ready(pod)]
+    late = [pod for pod in pods if not is_ready(pod)]
     return "; ".join(_reason(pod) + _last_line(pod, state) for pod in late) or "no pod was made"
 
 
@@ -148,7 +149,7 @@ async def scraped(api: Api, url: str, patience: float) -> None:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
         while True:
             pods, _ = await api.list(PODS)
-            wanted = {p["metadata"]["name"] for p in pods if _asks(p) and _is_ready(p)}
+            wanted = {p["metadata"]["name"] for p in pods if _asks(p) and is_ready(p)}
             missing = wanted - await _up(session, url)
             if not missing:
                 return

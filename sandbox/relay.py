@@ -31,7 +31,7 @@ class _Pipe(asyncio.Protocol):
         self._opened = opened
         self._other: _Pipe | None = None
         self._early: list[bytes] = []
-        self._early_end = False
+        self.ended = False  # its peer has said all
         self.transport: asyncio.Transport | None = None
         self.gone = False
 
@@ -48,8 +48,8 @@ class _Pipe(asyncio.Protocol):
         for chunk in self._early:
             other.transport.write(chunk)
         self._early.clear()
-        if self._early_end:
-            other.end()
+        if self.ended:
+            self._end_other(other)
         if self.gone:
             other.close()
 
@@ -60,11 +60,17 @@ class _Pipe(asyncio.Protocol):
             self._other.transport.write(data)
 
     def eof_received(self) -> bool:
-        if self._other is None:
-            self._early_end = True
-        else:
-            self._other.end()
+        self.ended = True
+        if self._other is not None:
+            self._end_other(self._other)
         return True  # the other direction may go on
+
+    def _end_other(self, other: _Pipe) -> None:
+        if other.ended:  # both have said all: nothing is left to relay
+            other.close()
+            self.close()
+        else:
+            other.end()
 
     def end(self) -> None:
         if self.transport and not self.transport.is_closing() and self.transport.can_write_eof():

@@ -36,7 +36,7 @@ from sandbox.machines import MOST_PER_ZONE, Machines, machine_name
 from sandbox.node import linux, mounts, network
 from sandbox.node.zygote import Spawn, StartError, Zygote, ZygoteClient, freeze, pair
 from sandbox.options import Clocks, Options
-from sandbox.up import CONTEXT, Running, SandboxError, last_words, load
+from sandbox.up import CONTEXT, Running, SandboxError, clear, last_words, load
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +232,8 @@ class Supervisor:
         self.reports.send({"ready": asdict(running)})
         self.reports.close()
         await self.stop.wait()
+        if self.failure:
+            raise self.failure
 
     async def _or_stop(self, work: Coroutine[Any, Any, None]) -> None:
         """Do `work`; a stop, or the end of an essential process, breaks it off."""
@@ -469,11 +471,12 @@ def main() -> int:
     except SandboxError as error:
         log.error("%s", error)
         reports.send({"error": str(error)})
-        return 1
+        return 1  # the logs stay for whoever wants to know more, until the next up or down
     except (OSError, ApiError, aiohttp.ClientError) as error:
         log.exception("the sandbox failed")
         reports.send({"error": f"the sandbox failed: {error}"})
         return 1
+    clear(options.state_dir)
     return 0
 
 

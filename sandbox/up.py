@@ -198,6 +198,12 @@ def down(state_dir: Path) -> bool:
     found = _supervisor(state_dir)
     if found:
         _end(*found)
+    clear(state_dir)
+    return found is not None
+
+
+def clear(state_dir: Path) -> None:
+    """Remove what sandboxes write to their state directory, and the directory if nothing else is in it."""
     for name in _OURS:
         path = state_dir / name
         if path.is_dir() and not path.is_symlink():
@@ -206,7 +212,6 @@ def down(state_dir: Path) -> bool:
             path.unlink(missing_ok=True)
     with suppress(OSError):
         state_dir.rmdir()
-    return found is not None
 
 
 def _supervisor(state_dir: Path) -> tuple[int, int] | None:
@@ -279,6 +284,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SandboxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: what was begun has been taken down", file=sys.stderr)
+        return 130
     print(f"export KUBECONFIG={running.kubeconfig}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import signal
 import socket
@@ -186,6 +187,83 @@ def test_killing_a_machine_takes_all_its_pods_at_once(tmp_path: Path) -> None:
 
     with sandbox(tmp_path / "state") as running:
         asyncio.run(scenario(running))
+
+
+def test_a_frozen_kubelet_loses_its_node_and_gets_it_back_with_its_pods(tmp_path: Path) -> None:
+    async def scenario(running: Running) -> None:
+        async with living(running, pod("steady")) as life:
+            await life.until(lambda s: s.ready)
+            (kubelet,) = set(host_pids("gameday: kubelet node-a-1")) & of_sandbox(running.pid)
+            os.kill(kubelet, signal.SIGSTOP)
+            grace = COMPRESSED.node_monitor_grace
+            mark = len(life.seen)
+            lost = await life.until(lambda s: not s.ready, within=grace + 4, since=mark)
+            assert lost.running and lost.condition("ContainersReady")["status"] == "True", "nobody asked the container"
+            os.kill(kubelet, signal.SIGCONT)
+            back = await life.until(lambda s: s.ready, since=life.seen.index(lost))
+            assert back.restarts == 0 and back.web["containerID"] == lost.web["containerID"]
+
+            async def ready() -> bool:
+                node = await life.api.get(NODES, "node-a-1")
+                return deploy.is_ready(node)
+
+            await eventually(ready)
+
+    with sandbox(tmp_path / "state") as running:
+        asyncio.run(scenario(running))
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("after_lines", [0, 1, 3])
+def test_an_interrupted_up_leaves_nothing(tmp_path: Path, sig: signal.Signals, after_lines: int) -> None:
+    require_root_and_prometheus()
+    state = tmp_path / "state"
+    command = [sys.executable, "-m", "sandbox.up", "up", "--state-dir", str(state)]
+    starter = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert starter.stdout is not None
+    with starter.stdout:
+        for _ in range(after_lines):
+            assert starter.stdout.readline()
+        if not after_lines:
+            wait_for((state / "supervisor.json").exists)
+        pid = json.loads((state / "supervisor.json").read_text())["pid"]
+        everything = of_sandbox(pid)
+        starter.send_signal(sig)
+        starter.wait(timeout=5)
+    wait_for(lambda: not alive(everything | {pid}))
+    wait_for(lambda: not state.exists())
+
+
+def test_an_ordinary_user_needs_no_root(tmp_path: Path) -> None:
+    require_root_and_prometheus()
+    state = tmp_path / "home" / "state"
+    python = "/usr/bin/python3"
+    packages = Path(aiohttp.__file__).parent.parent
+    env = {**os.environ, "PYTHONPATH": str(packages), "HOME": str(state.parent)}
+    state.parent.mkdir()
+    for directory in (state.parent, *state.parents):
+        if directory.is_relative_to("/tmp/pytest-of-root"):
+            directory.chmod(0o755)
+    os.chown(state.parent, 65534, 65534)
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python]
+    usable = [*user, "-c", "import aiohttp, orjson, uvloop, sandbox.node.linux as l; l.unshare(l.CLONE_NEWUSER)"]
+    tried = subprocess.run(
+        usable, cwd=deploy.STACKS.parent.parent, env=env, capture_output=True, text=True, check=False
+    )
+    if tried.returncode:
+        pytest.skip(f"no interpreter or no namespaces for an ordinary user: {tried.stderr[-200:]}")
+    command = [*user, "-m", "sandbox.up", "up", "--state-dir", str(state)]
+    done = subprocess.run(
+        command, cwd=deploy.STACKS.parent.parent, env=env, capture_output=True, text=True, check=False
+    )
+    try:
+        assert done.returncode == 0, done.stderr
+        running = find(state)
+        assert running is not None
+        assert Path(f"/proc/{running.pid}").stat().st_uid == 65534
+        asyncio.run(serves(running))
+    finally:
+        down(state)
 
 
 def test_a_port_in_use_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
