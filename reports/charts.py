@@ -59,7 +59,15 @@ _STATES = {
     State.TERMINATING: (PURPLE, "\\"),
 }
 _ZONES = ((SKY, " "), (GREEN, "/"), (PURPLE, "\\"), (YELLOW, "."), (BLUE, "-"), (ORANGE, "|"))
-_MARK_SHAPES = {"fault": "star", "chaos records": "diamond", "nodes": "square", "events": "circle", "notes": "hex"}
+_MARK_SHAPES = {
+    "fault": "star",
+    "chaos records": "diamond",
+    "endpoints": "triangle",
+    "nodes": "square",
+    "events": "circle",
+    "alerts": "inverted_triangle",
+    "notes": "hex",
+}
 
 _TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds; formatters in JavaScript would need eval
 

@@ -14,6 +14,7 @@ from enum import StrEnum
 from gameday.clock import Epoch, Instant
 from gameday.model import (
     STREAM_BROKEN,
+    EndpointMark,
     FaultMark,
     Finding,
     Judgement,
@@ -27,6 +28,7 @@ from gameday.model import (
     RecordMark,
     Recovery,
     Reply,
+    Sample,
     Step,
     Timeline,
 )
@@ -335,33 +337,51 @@ def fault_marks(timeline: Timeline) -> tuple[FaultMark, ...]:
 
 
 def marks(timeline: Timeline, on: Axis) -> tuple[Mark, ...]:
-    """What happened beside the traffic: the fault's steps, chaos records, nodes, Kubernetes events, notes."""
+    """What happened beside the traffic: the fault's steps, the cluster's changes and events, alerts, notes."""
     events = [*fault_marks(timeline), *(e for e in timeline.events if not isinstance(e, FaultMark))]
     found = [m for e in events if (m := _mark(e, on)) is not None]
+    found += _alerts(timeline.samples, on)
     return tuple(sorted(found, key=lambda m: m.x))
 
 
-MARK_LANES = ("fault", "chaos records", "nodes", "events", "notes")
+MARK_LANES = ("fault", "chaos records", "endpoints", "nodes", "events", "alerts", "notes")
 
 
 def _mark(event: object, on: Axis) -> Mark | None:
+    ok = True
     match event:
         case FaultMark():
-            said = " ".join(p for p in (event.step, event.what, event.detail) if p)
-            return Mark(on.at(event.t), "fault", said, event.ok)
+            lane, said, ok = "fault", " ".join((event.step, event.what, event.detail)), event.ok
         case RecordMark():
-            said = f"{event.resource} {event.id}: {event.phase} {event.message}".rstrip()
-            return Mark(on.at(event.t), "chaos records", said)
+            lane, said = "chaos records", f"{event.resource} {event.id}: {event.phase} {event.message}"
+        case EndpointMark():
+            ok = event.ready and event.present
+            lane, said = "endpoints", f"{event.pod} {'in' if ok else 'out of'} {event.service}"
         case NodeMark():
-            said = f"{event.node}: {event.what} {event.detail}".rstrip()
-            return Mark(on.at(event.t), "nodes", said, "not ready" not in event.what)
+            lane, said, ok = "nodes", f"{event.node}: {event.what} {event.detail}", "not ready" not in event.what
         case KubeEvent():
-            said = f"{event.object}: {event.reason}: {event.message}"
-            return Mark(on.at(event.t), "events", said, event.type != "Warning")
+            lane, said = "events", f"{event.object}: {event.reason}: {event.message}"
+            ok = event.type != "Warning"
         case Note():
-            return Mark(on.at(event.t), "notes", f"{event.level}: {event.text}", event.level == "info")
+            lane, said, ok = "notes", f"{event.level}: {event.text}", event.level == "info"
         case _:
             return None
+    return Mark(on.at(event.t), lane, " ".join(said.split()), ok)
+
+
+def _alerts(samples: Iterable[Sample], on: Axis) -> list[Mark]:
+    """Where an alert began or ceased to fire, as sampled."""
+    firing: dict[str, bool] = {}
+    found = []
+    for sample in samples:
+        if not sample.name.startswith("alert ") or sample.value is None:
+            continue
+        now = sample.value >= 1
+        if now is not firing.get(sample.name, False):
+            said = f"{sample.name} {'fires' if now else 'is resolved'}"
+            found.append(Mark(on.at(sample.t), "alerts", said, not now))
+        firing[sample.name] = now
+    return found
 
 
 def thin_marks(found: Iterable[Mark], on: Axis) -> tuple[Mark, ...]:

@@ -24,6 +24,7 @@ from gameday.model import (
     KubeEvent,
     LoadEnd,
     NodeMark,
+    Note,
     Outcome,
     Phase,
     PhaseMark,
@@ -200,6 +201,7 @@ def _pods(detail: str) -> Iterator[Event]:
         for i in range(2):
             yield mark(START, engine(zone, i), "exists", zone)
             yield mark(START, engine(zone, i), "ready", zone)
+            yield EndpointMark(START, "my-llama32", f"llm/{engine(zone, i)}", True, zone=zone)
         yield mark(START, f"gateway-5f6b7-{zone}9k2p", "exists", zone, owner="gateway")
         yield mark(START, f"gateway-5f6b7-{zone}9k2p", "ready", zone, owner="gateway")
     for i in range(2):
@@ -215,6 +217,8 @@ def _pods(detail: str) -> Iterator[Event]:
         )
         for after, stage in steps:
             yield mark(F + after + i / 10, new, stage, "ac"[i])
+        yield EndpointMark(F + 14.3 + i, "my-llama32", f"llm/{new}", True, zone="ac"[i])
+    yield Note(UNDO, "info", "spread again is not checked: nothing was rescheduled into zone b")
 
 
 @cache
@@ -227,6 +231,7 @@ def timeline(*, seed: int = 7419, evil: bool = False) -> Timeline:
     seen = list(replies(seed, text))
     happened = [*events(text), *_load(seen)]
     samples = [_sample(START + i, 6.0 if i < 32 else 4.0) for i in range(100)]
+    samples += [Sample(START + i, "ALERTS", "alert EngineDown", float(36 <= i < 50)) for i in range(100)]
     if evil:
         happened += [
             PodMark(START, f"llm/{text}", "u", "exists", text, text, text, detail=text),

@@ -17,7 +17,7 @@ import synthetic
 
 from gameday import record
 from gameday.errors import RecordError
-from gameday.model import FaultMark, Outcome, Timeline, Verdict
+from gameday.model import FaultMark, Outcome, Sample, Timeline, Verdict
 from reports import html, view, words
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -235,6 +235,17 @@ def test_repeated_looks_at_the_effect_are_folded_but_its_loss_is_kept() -> None:
     looks = [m for m in view.fault_marks(replace(made, events=tuple(events))) if m.step == "effect"]
     assert len(looks) < 12
     assert [m.ok for m in looks if m.what == "partition"] == [True, False, True, True]
+
+
+def test_alerts_are_marks_where_they_change() -> None:
+    made = synthetic.timeline()
+    values = [0.0] * 35 + [1.0] * 20 + [0.0] * 10
+    samples = tuple(Sample(synthetic.START + i, "ALERTS", "alert EngineDown", v) for i, v in enumerate(values))
+    found = view.marks(replace(made, samples=samples), view.axis(made, synthetic.judgement()))
+    assert [(m.x, m.what) for m in found if m.lane == "alerts"] == [
+        (5.0, "alert EngineDown fires"),
+        (25.0, "alert EngineDown is resolved"),
+    ]
 
 
 def test_failing_verdict_leads_with_its_reasons() -> None:
