@@ -10,7 +10,7 @@ import orjson
 import yaml
 from aiohttp import web
 
-from sandbox.apiserver import errors
+from sandbox.apiserver import errors, protobuf
 from sandbox.apiserver.resources import Registry, Resource
 from sandbox.client import ApiError
 
@@ -89,6 +89,8 @@ async def body(request: web.BaseRequest, kind: str, *, optional: bool = False, p
     if len(raw) > MAX_BODY:
         raise ApiError(413, "RequestEntityTooLarge", f"Request entity too large: limit is {MAX_BODY}")
     type = request.content_type
+    if type == protobuf.MEDIA_TYPE:
+        return protobuf.decode(raw)
     if not patch and type not in (JSON, YAML, "application/octet-stream"):  # the last stands for none
         raise ApiError(
             415,

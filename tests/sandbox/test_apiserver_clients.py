@@ -91,6 +91,13 @@ spec:
         manifest.write_text(manifest.read_text().replace("image:", "imagee:"))
         refused = called("apply", "-f", str(manifest))
         assert 'unknown field "spec.template.spec.containers[0].imagee"' in refused.stderr
+        # What follows sends protobuf.
+        assert kubectl("create", "configmap", "c", "--from-literal=a=b") == "configmap/c created\n"
+        assert kubectl("get", "configmap", "c", "-o", "jsonpath={.data.a}") == "b"
+        assert kubectl("create", "deployment", "d", "--image=x:1", "--replicas=0") == "deployment.apps/d created\n"
+        assert kubectl("get", "deploy", "d", "-o", "jsonpath={.spec.replicas}") == "0"
+        assert kubectl("auth", "can-i", "delete", "pods") == "yes\n"
+        assert called("auth", "can-i", "delete", "pods", "--as=jane").stdout == "no\n"
         assert kubectl("delete", "deploy", "web").startswith('deployment.apps "web" deleted')
 
 
@@ -130,5 +137,19 @@ def test_logs_come_from_the_kubelet_of_the_node(tmp_path: Path) -> None:
         await runner.cleanup()
         async with one.session.get(path, headers=headers) as answer:
             assert answer.status == 500
+
+    run(tmp_path, test)
+
+
+def test_protobuf_that_is_not_understood_is_an_error(tmp_path: Path) -> None:
+    async def test(one: Cluster) -> None:
+        headers = {"Content-Type": "application/vnd.kubernetes.protobuf"}
+        envelope = b"k8s\x00\x0a\x11\x0a\x02v1\x12\x0bConfigMapXY"
+        for body in (b"nonsense", envelope, envelope + b"\x12\xff"):
+            code, answer = await one.raw(
+                "POST", "/api/v1/namespaces/default/configmaps", data=body, headers=headers
+            )
+            assert (code, answer["reason"]) == (415, "UnsupportedMediaType")
+            assert "does not understand this protobuf body" in answer["message"]
 
     run(tmp_path, test)
