@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import subprocess
 import sys
 import time
@@ -362,6 +363,74 @@ def test_a_failing_job_gives_up(control_plane: tuple[str, str, str]) -> None:
             )
             assert job["status"]["failed"] == 1
             assert [c["reason"] for c in job["status"]["conditions"]] == ["BackoffLimitExceeded"] * 2
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_deployment_converges_whatever_happens(control_plane: tuple[str, str, str], seed: int) -> None:
+    """Scaling, new images, pauses, dying pods in any order: in the end exactly the wanted pods run."""
+    dice = random.Random(seed)
+    space = f"storm{seed}"
+
+    async def kubelet(w: World, pods: Informer) -> None:
+        while True:
+            for pod in list(pods.objects.values()):
+                with contextlib.suppress(ApiError):
+                    if "deletionTimestamp" in pod["metadata"]:
+                        await w.api.delete(PODS, pod["metadata"]["name"], w.space, grace=0)
+                    elif pod["spec"].get("nodeName") and pod["status"]["phase"] == "Pending":
+                        await w.ready(pod)
+                await asyncio.sleep(dice.random() * 0.005)
+            await asyncio.sleep(0.02)
+
+    async def strike(w: World, pods: Informer) -> None:
+        """Do one random thing."""
+        spec: Obj = {}
+        match dice.randrange(5):
+            case 0:
+                spec = {"replicas": dice.randrange(8)}
+            case 1:
+                image = [{"name": "c", "image": dice.choice("xyz")}]
+                spec = {"template": {"spec": {"containers": image}}}
+            case 2:
+                spec = {"paused": dice.random() < 0.5}
+            case _ if pods.objects:
+                victim = dice.choice(sorted(pods.objects))
+                if dice.random() < 0.5:
+                    await w.api.delete(PODS, victim[1], w.space)
+                else:
+                    await w.ready(pods.objects[victim], phase="Failed")
+        if spec:
+            await w.api.patch(DEPLOYMENTS, "web", {"spec": spec}, w.space, type="strategic")
+
+    async def scene() -> None:
+        async with world(control_plane, space) as w, Informer(w.api, PODS, w.space).running() as pods:
+            await w.add_nodes(*"abc")
+            await w.make(DEPLOYMENTS, "web", replicas=4, **w.workload("web"))
+            player = asyncio.create_task(kubelet(w, pods))
+            for _ in range(60):
+                with contextlib.suppress(ApiError):
+                    await strike(w, pods)
+                await asyncio.sleep(dice.random() * 0.06)
+            last = {"replicas": 5, "paused": False, "template": {"spec": {"containers": [{"name": "c", "image": "w"}]}}}
+            await w.api.patch(DEPLOYMENTS, "web", {"spec": last}, w.space, type="strategic")
+
+            async def state() -> tuple[list[str], list[int], Obj]:
+                alive = [p for p in await w.pods("web") if "deletionTimestamp" not in p["metadata"]]
+                running = [p["spec"]["containers"][0]["image"] for p in alive if p["status"]["phase"] == "Running"]
+                sets, _ = await w.api.list(REPLICASETS, w.space)
+                deployment = await w.api.get(DEPLOYMENTS, "web", w.space)
+                return running, sorted(rs["spec"]["replicas"] for rs in sets if rs["spec"]["replicas"]), deployment
+
+            seen = await until(
+                state,
+                lambda s: s[0] == ["w"] * 5 and s[1] == [5] and s[2]["status"].get("availableReplicas") == 5,
+                f"settled (seed {seed})",
+            )
+            await asyncio.sleep(0.3)
+            assert (await state())[:2] == seen[:2]
+            player.cancel()
 
     asyncio.run(scene())
 
