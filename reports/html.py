@@ -159,7 +159,7 @@ def _latency_figure(timeline: Timeline, judgement: Judgement, on: view.Axis, sha
     if points.bad_one_in > 1:
         sampled += f" Of {points.bad_total:,} others {points.bad_drawn:,} are drawn."
     elif points.bad_total:
-        sampled += f" All {points.bad_total:,} others are drawn."
+        sampled += f" All others are drawn: {points.bad_total:,}."
     return Figure(
         "latency",
         "Requests",
@@ -262,7 +262,7 @@ def _marks_figure(timeline: Timeline, on: view.Axis, shared: Any) -> Figure | No
 
 def _waterfall_figure(judgement: Judgement) -> Figure | None:
     recovery = judgement.recovery
-    if recovery is None or (recovery.seconds is None and not recovery.stages):
+    if recovery is None or not (recovery.seconds or any(recovery.stages.values())):
         return None
     limit = _rto(judgement)
     said = f"Recovery: {words.recovered(recovery)}"

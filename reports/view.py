@@ -74,7 +74,7 @@ class Axis:
     end: float
     phases: tuple[Span, ...]
     fault: Span | None  # from the first harm sent to the undo (one-shot: to the proof)
-    back: float | None  # R
+    back: float | None  # R, where an outage was seen
     unsure: tuple[Span, ...] = ()  # within which F and R are known to lie
 
     def at(self, instant: Instant) -> float:
@@ -160,7 +160,7 @@ def axis(timeline: Timeline, judgement: Judgement) -> Axis:
     first, last = min(times, default=0.0), max(times, default=1.0)
     zero = applied if applied is not None else min((e.t for e in phases), default=first)
     recovery = judgement.recovery
-    back = recovery.t_back - zero if recovery and recovery.t_back is not None else None
+    back = recovery.t_back - zero if recovery and recovery.t_back is not None and recovery.seconds else None
     return Axis(
         zero=zero,
         name="seconds since the fault" if applied is not None else "seconds since the start (no fault was injected)",
@@ -177,7 +177,7 @@ def _unsure(recovery: Recovery | None, zero: Instant) -> tuple[Span, ...]:
     if recovery is None or recovery.t_fault_low is None or recovery.t_fault_high is None:
         return ()
     fault = Span("F", recovery.t_fault_low - zero, recovery.t_fault_high - zero)
-    if recovery.t_back is None or recovery.seconds is None or recovery.low is None or recovery.high is None:
+    if recovery.t_back is None or not recovery.seconds or recovery.low is None or recovery.high is None:
         return (fault,)
     back = recovery.t_back - zero
     return fault, Span("R", back - (recovery.seconds - recovery.low), back + (recovery.high - recovery.seconds))
@@ -255,7 +255,7 @@ def rates(timeline: Timeline, on: Axis) -> Bins:
     seen = Counter((math.floor(on.at(r.t_intended) / BIN), group(r)) for r in timeline.replies)
     left = _edges(on)
     rows = {g: tuple(seen[round(x / BIN), g] / BIN for x in left) for g in Group}
-    return Bins(left, {str(g): row for g, row in rows.items() if g is not Group.UNCOUNTED or any(row)})
+    return Bins(left, {str(g): row for g, row in rows.items() if g is Group.GOOD or any(row)})
 
 
 NO_ANSWER = "no answer"
@@ -272,9 +272,8 @@ def zone_shares(timeline: Timeline, on: Axis) -> Bins:
         totals[key] += count
     left = _edges(on)
     keys = [round(x / BIN) for x in left]
-    return Bins(
-        left, {z: tuple(seen[k, z] / totals[k] if totals[k] else 0.0 for k in keys) for z in [*zones, NO_ANSWER]}
-    )
+    rows = {z: tuple(seen[k, z] / totals[k] if totals[k] else 0.0 for k in keys) for z in [*zones, NO_ANSWER]}
+    return Bins(left, {z: row for z, row in rows.items() if any(row)})
 
 
 _STATES: Mapping[str, State] = {
@@ -315,10 +314,13 @@ def _lane(pod: str, marks: Sequence[PodMark], aimed: bool, on: Axis) -> Lane:
 
 
 def _label(mark: PodMark, zone: str, target: bool) -> str:
+    """Short enough for a phone: the workload, the end of the pod's name, the zone."""
     name = mark.pod.rsplit("/", 1)[-1]
     head, _, tail = name.rpartition("-")
-    workload = (mark.owner or head.rsplit("-", 1)[0] or name)[:12]
-    short = f"{workload}…{tail[-6:]}" if head else name[:18]
+    # An owner is a Service's name, or "ReplicaSet/gateway-5f6b7", whose hash says nothing.
+    kind, _, owner = mark.owner.rpartition("/")
+    workload = (owner.rpartition("-")[0] if kind == "ReplicaSet" else owner) or head.rpartition("-")[0] or name
+    short = f"{workload[:12]}…{tail[-6:]}" if head else name
     return f"{'◆ ' if target else ''}{short[:20]} {zone[:8]}".strip()
 
 
