@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gameday.model import Finding, Judgement, Verdict
+from gameday.model import Finding, Judgement, Recovery, Verdict
 from reports import words
 
 STYLES = {
@@ -19,6 +19,7 @@ STYLES = {
     Verdict.FAIL: "bold red",
     Verdict.ERROR: "bold white on red",
 }
+ENOUGH = 120  # characters of evidence for a finding that nobody has to look into; the report has all of it
 PLAIN_WIDTH = 140  # columns where there is no terminal to ask: CI logs scroll sideways better than they wrap
 
 
@@ -43,12 +44,21 @@ def story_text(judgement: Judgement) -> Text:
 
 def _evidence(finding: Finding, judgement: Judgement) -> str:
     recovery = judgement.recovery
-    if not words.is_recovery(finding) or recovery is None or not recovery.stages:
-        return words.one_line(finding.evidence)
-    why = words.one_line(finding.evidence.replace(recovery.story, "")).strip("; ")
+    said = words.one_line(finding.evidence)
+    if words.is_recovery(finding) and recovery is not None and recovery.stages:
+        said = _recovery_evidence(said, recovery)
+    if finding.status is Verdict.PASS and len(said) > ENOUGH:
+        return f"{said[:ENOUGH].rstrip()}…"
+    return said
+
+
+def _recovery_evidence(evidence: str, recovery: Recovery) -> str:
+    """The stages as steps, and what else the recovery's story and the finding say."""
+    why = evidence.replace(words.one_line(recovery.story), "").strip("; ")
     more = [part for part in recovery.story.split(" · ") if part.split(" ")[0] not in recovery.stages]
     said = "; ".join(p for p in (why, *(m for m in more if m != why)) if p)
-    return f"({words.say_steps(recovery)})  {said}".rstrip()
+    told = words.say_steps(recovery)
+    return "  ".join(p for p in (f"({told})" if told else "", said) if p)
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -114,7 +114,7 @@ def say_steps(recovery: Recovery) -> str:
     Stages that came after the service was back (replacements that nobody waited for) are told apart.
     """
     until = math.inf if recovery.seconds is None else max(recovery.seconds, recovery.stages.get("steady", 0.0))
-    told = steps(recovery.stages)
+    told = steps({name: after for name, after in recovery.stages.items() if after > 0})
     within = " · ".join(f"{name} {plain_duration(end - begin)}" for name, begin, end in told if end <= until)
     later = " · ".join(f"{name} at {plain_duration(end)}" for name, _, end in told if end > until)
     return "; ".join(p for p in (within, f"later {later}" if later else "") if p)

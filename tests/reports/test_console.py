@@ -92,6 +92,20 @@ def test_stages_after_the_recovery_are_told_apart() -> None:
     assert words.say_steps(early) == "noticed 1 s · steady 2 s; later loaded at 40 s"
 
 
+@pytest.mark.parametrize(("status", "whole"), [(Verdict.PASS, False), (Verdict.FAIL, True)])
+def test_evidence_is_cut_only_where_all_is_well(status: Verdict, whole: bool) -> None:
+    evidence = "ready: " + ", ".join(f"llm/engine-{i}" for i in range(40))
+    told = console.story(with_finding(Finding(Phase.AFTER, "ready", status, 40, 6, "count", evidence=evidence), status))
+    assert (evidence in told) is whole
+    assert ("…" in told) is not whole
+
+
+def test_no_outage_has_no_steps_to_the_recovery() -> None:
+    none = replace(RECOVERY, seconds=0.0, stages={"steady": 0.0, "loaded": 9.0}, story="no outage seen · steady 0 ms")
+    told = console.story(replace(JUDGEMENT, findings=(replace(FINDINGS[3], evidence=none.story),), recovery=none))
+    assert told.splitlines()[0].endswith("(later loaded at 9 s)  no outage seen")
+
+
 def test_evidence_cannot_draw_on_the_terminal() -> None:
     evil = Finding(
         Phase.DURING, "x", Verdict.FAIL, 1, 0, "count", evidence="\x1b[2J\x1b]0;t\x07up\nPASS  all\u202efine"
