@@ -24,7 +24,7 @@ def test_gpu_xid79(experiment: Run) -> None:
     verdict = experiment(
         traffic=Chat(per_second=15),
         before=[Success(at_least=0.999), FirstToken(p95=seconds(1))],
-        fault=Xid(79, lasting=seconds(30)),
+        fault=Xid(79, lasting=seconds(25)),
         during=[
             Success(at_least=0.98),
             FirstToken(p95=seconds(1.5)),
@@ -44,7 +44,7 @@ def test_gpu_xid13(experiment: Run) -> None:
     verdict = experiment(
         traffic=Chat(per_second=15),
         before=[Success(at_least=0.999), FirstToken(p95=seconds(1))],
-        fault=Xid(13, lasting=seconds(20)),
+        fault=Xid(13, lasting=seconds(18)),
         during=[
             Success(at_least=0.98),
             FirstToken(p95=seconds(1.5)),

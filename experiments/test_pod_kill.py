@@ -15,7 +15,7 @@ def test_pod_kill(experiment: Run) -> None:
     verdict = experiment(
         traffic=Chat(per_second=15),
         before=[Success(at_least=0.999), FirstToken(p95=seconds(1))],
-        fault=PodKill(lasting=seconds(20)),
+        fault=PodKill(lasting=seconds(18)),
         during=[Success(at_least=0.98), FirstToken(p95=seconds(1.5)), UnbrokenStreams(except_on="targets")],
         after=[
             Recovers(within=seconds(10), hold=seconds(8)),

@@ -16,10 +16,10 @@ def test_zone_outage(experiment: Run, zone: Zone) -> None:
     verdict = experiment(
         traffic=Chat(per_second=15),
         before=[Success(at_least=0.999), FirstToken(p95=seconds(1))],
-        fault=ZoneOutage(zone, lasting=seconds(25), replacements="elsewhere"),
+        fault=ZoneOutage(zone, lasting=seconds(20), replacements="elsewhere"),
         during=[Success(at_least=0.95), FirstToken(p95=seconds(2.5)), UnbrokenStreams(except_on="targets")],
         after=[
-            Recovers(within=seconds(15), hold=seconds(8)),
+            Recovers(within=seconds(12), hold=seconds(8)),
             Replicas(at_least=6, owner="my-llama32"),
             Spread(max_skew=1, owner="my-llama32"),
             NothingLeftBehind(),

@@ -15,14 +15,14 @@ def test_zone_partition(experiment: Run, zone: Zone) -> None:
     verdict = experiment(
         traffic=Chat(per_second=15),
         before=[Success(at_least=0.999), FirstToken(p95=seconds(1))],
-        fault=ZonePartition(zone, lasting=seconds(25)),
+        fault=ZonePartition(zone, lasting=seconds(20)),
         during=[
             Success(at_least=0.95),
             FirstToken(p95=seconds(2.5)),
             Replicas(at_least=6, owner="my-llama32"),  # grey: Kubernetes sees nothing
         ],
         after=[
-            Recovers(within=seconds(15), hold=seconds(8)),
+            Recovers(within=seconds(12), hold=seconds(8)),
             Replicas(at_least=6, owner="my-llama32"),
             NothingLeftBehind(),
         ],
