@@ -1,26 +1,32 @@
-"""The chaos controller: it runs PodChaos and NetworkChaos with Chaos Mesh's life cycle (source: facts/chaos-mesh.md).
+"""The chaos controller: lives through every experiment's life as Chaos Mesh does (source: facts/chaos-mesh.md).
 
-Targets are chosen once. A record goes Not Injected → (Wait) → Injected → (Wait) → Not Injected, one way only.
-Kinds and actions that a sandbox of processes cannot do faithfully get Failed/Apply records that say why.
-Emulated: the webhook that forbids changes of a spec; here the targets that were chosen stay, whatever it says later.
+Each pass over an experiment: finalizer, desired phase, conditions (which therefore lag the records by one pass),
+records, and when all is recovered and deletion asked for, the finalizer goes. Only ever PATCHes the chaos kinds.
+
+Where the sandbox differs, because it has no admission webhook:
+- A changed spec is put back, with a Warning Event "Cannot update chaos spec"; Chaos Mesh refuses the change.
+- A spec that the webhook would refuse is accepted, but selects nothing, and a Warning Event says why.
+Nothing selected is terminal, as long as this controller runs.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib.resources
+import calendar
 import logging
 import random
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import yaml
 
-from sandbox.chaos import podnetwork, selectors
-from sandbox.chaos.gotime import seconds
+from sandbox.chaos import gotime
+from sandbox.chaos.actions import ACK_SECONDS, Action, CannotAct, Experiment, action
+from sandbox.chaos.events import Recorder
 from sandbox.chaos.records import (
     APPLYING,
     INJECTED,
@@ -31,12 +37,11 @@ from sandbox.chaos.records import (
     Operation,
     Record,
     conditions,
-    now,
     paused,
 )
+from sandbox.chaos.selectors import CannotSelect, containers, draw, namespaces, select
 from sandbox.client import (
     CRDS,
-    EVENTS,
     NETWORKCHAOS,
     NODES,
     PODCHAOS,
@@ -53,423 +58,339 @@ from sandbox.client import (
 
 log = logging.getLogger(__name__)
 
+KINDS = (
+    PODCHAOS,
+    NETWORKCHAOS,
+    STRESSCHAOS,
+    *(
+        Kind("chaos-mesh.org", "v1alpha1", kind.lower(), kind)
+        for kind in ("IOChaos", "DNSChaos", "HTTPChaos", "TimeChaos", "KernelChaos")
+    ),
+)
 FINALIZER = "chaos-mesh/records"
-CLEAN = "chaos-mesh.chaos-mesh.org/cleanFinalizer"
-KILL = "sandbox.gameday.dev/kill-containers"
-ORIGINAL = "sandbox.gameday.dev/image-before-"  # + the experiment's name, "." and the container
-PAUSE_IMAGE = "gcr.io/google-containers/pause:latest"
-ONE_SHOT = frozenset({"pod-kill", "container-kill"})
-RETRY_FIRST, RETRY_MAX = 0.2, 30.0
+CLEAN_FINALIZER = "chaos-mesh.chaos-mesh.org/cleanFinalizer"  # "forced" acts only in a pass without errors
+RETRY_FIRST, RETRY_MAX = 0.1, 10.0  # seconds, doubling
+CRD_FILE = Path(__file__).parent / "crds" / "chaos-mesh.yaml"
+CRD_SECONDS = 10.0  # for the API to serve a definition
+
+_LOST = (aiohttp.ClientError, OSError, TimeoutError)
 
 
-def _kind(kind: str) -> Kind:
-    return Kind("chaos-mesh.org", "v1alpha1", kind.lower(), kind)
-
-
-UNSUPPORTED = {
-    "StressChaos": "the sandbox has no cgroups to stress a pod in",
-    "IOChaos": "the sandbox has no file system to put faults into",
-    "DNSChaos": "the sandbox has no DNS server to break",
-    "HTTPChaos": "the sandbox has no proxy in front of pods",
-    "TimeChaos": "the sandbox cannot shift a process's clock",
-    "KernelChaos": "the sandbox shares its kernel with the host",
-}
-KINDS: tuple[Kind, ...] = (PODCHAOS, NETWORKCHAOS, STRESSCHAOS, *(_kind(k) for k in UNSUPPORTED if k != "StressChaos"))
-
-
-class Failed(Exception):
-    """An operation on one record failed; the text goes into its events, and it is tried again."""
-
-
-class Waiting(Exception):
-    """The operation was begun, and its end is not known yet."""
+def crds() -> list[Obj]:
+    """The sandbox's definitions of Chaos Mesh's resources."""
+    items: list[Obj] = yaml.safe_load(CRD_FILE.read_text())["items"]
+    return items
 
 
 async def install_crds(api: Api) -> None:
-    """Create or update the sandbox's CustomResourceDefinitions of chaos-mesh.org."""
-    text = importlib.resources.files("sandbox.chaos").joinpath("crds/chaos-mesh.yaml").read_text()
-    for crd in yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["items"]:  # noqa: S506
+    """Create the definitions, or bring existing ones up to date; returns when the API serves them.
+
+    Raises ApiError, or TimeoutError when a definition is not served within `CRD_SECONDS`.
+    """
+    for crd in crds():
         try:
             await api.create(CRDS, crd)
-        except ApiError as there:
-            if not there.conflict:
+        except ApiError as exists:
+            if not exists.conflict:
                 raise
             await api.patch(CRDS, crd["metadata"]["name"], {"spec": crd["spec"]})
+    async with asyncio.timeout(CRD_SECONDS):
+        for kind in (*KINDS, PODNETWORKCHAOS):
+            while not await _served(api, kind):  # noqa: ASYNC110  # the API tells by answering, not by an event
+                await asyncio.sleep(0.05)
 
 
-Id = tuple[str, str, str]  # kind, namespace, name
-
-
-class Controller:
-    """Level-triggered: each experiment is brought one step on whenever it, or what it waits for, changes."""
-
-    def __init__(self, api: Api) -> None:
-        self._api = api
-        self._chaos = {kind.kind: Informer(api, kind, on_event=self._changed) for kind in KINDS}
-        self._pods = Informer(api, PODS)
-        self._nodes = Informer(api, NODES)
-        self._networks = Informer(api, PODNETWORKCHAOS, on_event=self._network_changed)
-        self._due: asyncio.Queue[Id] = asyncio.Queue()
-        self._queued: set[Id] = set()
-        self._delays: dict[Id, float] = {}
-        self._waiting: dict[tuple[str, str], set[Id]] = {}  # PodNetworkChaos → experiments that wait for it
-        self._rng = random.Random()  # noqa: S311 - draws targets, no secrets
-
-    def _changed(self, type: EventType, new: Obj, old: Obj | None) -> None:
-        if type != "DELETED":
-            self._queue((new["kind"], new["metadata"]["namespace"], new["metadata"]["name"]))
-
-    def _network_changed(self, type: EventType, new: Obj, old: Obj | None) -> None:
-        for waiting in self._waiting.pop((new["metadata"]["namespace"], new["metadata"]["name"]), ()):
-            self._queue(waiting)
-
-    def _queue(self, id: Id) -> None:
-        if id not in self._queued:
-            self._queued.add(id)
-            self._due.put_nowait(id)
-
-    def _later(self, id: Id, delay: float) -> None:
-        asyncio.get_running_loop().call_later(max(0.01, delay), self._queue, id)
-
-    async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for informer in (*self._chaos.values(), self._pods, self._nodes, self._networks):
-                group.create_task(informer.run())
-            group.create_task(self._work())
-
-    async def _work(self) -> None:
-        for informer in (*self._chaos.values(), self._pods, self._nodes, self._networks):
-            await informer.synced.wait()
-        while True:
-            id = await self._due.get()
-            self._queued.discard(id)
-            try:
-                await self._reconcile(id)
-            except (ApiError, OSError) as wrong:
-                log.info("%s %s/%s: %s", *id, wrong)
-                self._back_off(id)
-
-    def _back_off(self, id: Id) -> None:
-        delay = self._delays.get(id, RETRY_FIRST)
-        self._delays[id] = min(delay * 2, RETRY_MAX)
-        self._later(id, delay)
-
-    # ── one experiment ──────────────────────────────────────────────────────────────────────
-
-    async def _reconcile(self, id: Id) -> None:
-        kind = next(kind for kind in KINDS if kind.kind == id[0])
-        obj = self._chaos[id[0]].get(id[2], id[1])
-        if obj is None:
-            return
-        meta = obj["metadata"]
-        deleting = "deletionTimestamp" in meta
-        if not deleting and FINALIZER not in (meta.get("finalizers") or []):
-            await self._api.patch(
-                kind, id[2], {"metadata": {"finalizers": [*(meta.get("finalizers") or []), FINALIZER]}}, id[1]
-            )
-            return  # the change brings us back
-        raw = (obj.get("status") or {}).get("experiment", {}).get("containerRecords")
-        records = [Record.of(one) for one in raw or ()]
-        refused = any(
-            c["type"] == "Selected" and c["status"] == "False"
-            for c in (obj.get("status") or {}).get("conditions") or ()
-        )
-        if not records and not deleting and not refused:
-            records = await self._select(kind, obj)
-        desired = self._desired(id, obj, deleting)
-        trouble = await self._bring(id, obj, records, desired)
-        await self._write(kind, obj, records, desired)
-        if deleting:
-            await self._let_go(kind, obj, records)
-        if trouble:
-            self._back_off(id)
-        else:
-            self._delays.pop(id, None)
-
-    def _desired(self, id: Id, obj: Obj, deleting: bool) -> str:
-        """Run or Stop; looks again when the duration, counted from creation, will be over."""
-        if deleting:
-            return STOP
-        one_shot = obj["spec"].get("action") in ONE_SHOT
-        text = obj["spec"].get("duration")
-        if text and not one_shot:
-            created = datetime.fromisoformat(obj["metadata"]["creationTimestamp"]).timestamp()
-            left = created + seconds(text) - time.time()
-            if left <= 0:
-                return STOP
-            self._later(id, left)
-        return STOP if paused(obj) and not one_shot else RUN
-
-    async def _select(self, kind: Kind, obj: Obj) -> list[Record]:
-        """Choose the targets, once; nothing selected is terminal."""
-        spec, own = obj["spec"], obj["metadata"]["namespace"]
-        try:
-            records = self._targets(kind, ".", spec, spec, own)
-            if kind is NETWORKCHAOS and (target := spec.get("target")):
-                records += self._targets(kind, ".Target", target, spec, own)
-        except selectors.CannotSelect as nothing:
-            await self._event(obj, "Warning", "Failed", f"Failed to select targets: {nothing}")
-            return []
-        return records
-
-    def _targets(
-        self, kind: Kind, key: str, part: Mapping[str, Any], spec: Mapping[str, Any], own: str
-    ) -> list[Record]:
-        pods = list(self._pods.objects.values())
-        wanted = selectors.namespaces(part.get("selector") or {}, own)
-        among = [pod for pod in pods if pod["metadata"]["namespace"] in wanted]
-        found = selectors.select(part.get("selector") or {}, own, among, list(self._nodes.objects.values()))
-        chosen = selectors.draw(found, part.get("mode", "one"), part.get("value"), self._rng)
-        names = [(pod, f"{pod['metadata']['namespace']}/{pod['metadata']['name']}") for pod in chosen]
-        if kind is PODCHAOS and spec.get("action") == "container-kill":
-            return [
-                Record(f"{name}/{container}", key)
-                for pod, name in names
-                for container in selectors.containers(pod, spec.get("containerNames"))
-            ]
-        return [Record(name, key) for _, name in names]
-
-    async def _bring(self, id: Id, obj: Obj, records: Sequence[Record], desired: str) -> bool:
-        """Take every record a step towards `desired`; tells whether one failed and must be tried again."""
-        steps = [(record, operation) for record in records if (operation := record.wants(desired))]
-        done = await asyncio.gather(*(self._step(id, obj, records, *step) for step in steps))
-        return not all(done)
-
-    async def _step(self, id: Id, obj: Obj, records: Sequence[Record], record: Record, operation: Operation) -> bool:
-        act = self._action(obj, operation)
-        try:
-            await act(id, obj, records, record)
-        except Waiting:
-            record.phase = APPLYING if operation == "Apply" else RECOVERING
-            return True
-        except Failed as failed:
-            record.note(operation, str(failed))
-            return False
-        record.note(operation)
-        if operation == "Apply":
-            record.phase, record.injected = INJECTED, record.injected + 1
-        else:
-            record.phase, record.recovered = NOT_INJECTED, record.recovered + 1
-        return True
-
-    def _action(self, obj: Obj, operation: Operation) -> Callable[[Id, Obj, Sequence[Record], Record], Awaitable[None]]:
-        action = obj["spec"].get("action", "")
-        actions = {
-            ("PodChaos", "pod-kill", "Apply"): self._kill_pod,
-            ("PodChaos", "container-kill", "Apply"): self._kill_container,
-            ("PodChaos", "pod-failure", "Apply"): self._fail_pod,
-            ("PodChaos", "pod-failure", "Recover"): self._unfail_pod,
-            ("NetworkChaos", "partition", "Apply"): self._cut,
-            ("NetworkChaos", "partition", "Recover"): self._uncut,
-        }
-        return actions.get((obj["kind"], action, operation), self._refuse if operation == "Apply" else self._nothing)
-
-    async def _refuse(self, id: Id, obj: Obj, records: Sequence[Record], record: Record) -> None:
-        action = obj["spec"].get("action", "")
-        why = UNSUPPORTED.get(obj["kind"]) or f"the sandbox cannot do {obj['kind']} {action}"
-        raise Failed(why)
-
-    async def _nothing(self, id: Id, obj: Obj, records: Sequence[Record], record: Record) -> None:
-        """There is nothing to recover."""
-
-    # ── PodChaos ────────────────────────────────────────────────────────────────────────────
-
-    async def _pod(self, record: Record) -> Obj:
-        namespace, name = record.pod
-        try:
-            return await self._api.get(PODS, name, namespace)
-        except ApiError as gone:
-            if gone.not_found:
-                raise Failed(f'pods "{name}" not found') from gone
-            raise Failed(str(gone)) from gone
-
-    async def _kill_pod(self, id: Id, obj: Obj, records: Sequence[Record], record: Record) -> None:
-        namespace, name = record.pod
-        try:
-            await self._api.delete(PODS, name, namespace, grace=int(obj["spec"].get("gracePeriod") or 0))
-        except ApiError as wrong:
-            raise Failed(str(wrong)) from wrong
-
-    async def _kill_container(self, id: Id, obj: Obj, records: Sequence[Record], record: Record) -> None:
-        namespace, name = record.pod
-        mine = [r.container for r in records if r.pod == record.pod]
-        token = uuid.uuid5(uuid.UUID(obj["metadata"]["uid"]), str(record.injected))
-        patch = {"metadata": {"annotations": {KILL: f"{token}:{','.join(mine)}"}}}
-        try:
-            await self._api.patch(PODS, name, patch, namespace)
-        except ApiError as wrong:
-            raise Failed(str(wrong)) from wrong
-
-    async def _fail_pod(self, id: Id, obj: Obj, records: Sequence[Record], record: Record) -> None:
-        """Every image becomes a pause image; what was there is remembered on the pod.
-
-        A second pod-failure on the same pod remembers *pause*, as Chaos Mesh does.
-        """
-        pod = await self._pod(record)
-        annotations: Obj = {}
-        spec: Obj = {}
-        for group in ("containers", "initContainers"):
-            for container in pod["spec"].get(group) or ():
-                annotations[f"{ORIGINAL}{id[2]}.{container['name']}"] = container["image"]
-                spec.setdefault(group, []).append({"name": container["name"], "image": PAUSE_IMAGE})
-        await self._patch_pod(record, {"metadata": {"annotations": annotations}, "spec": spec})
-
-    async def _unfail_pod(self, id: Id, obj: Obj, records: Sequence[Record], record: Record) -> None:
-        try:
-            pod = await self._pod(record)
-        except Failed as gone:
-            if "not found" in str(gone):
-                return  # a pod that is gone counts as recovered
+async def _served(api: Api, kind: Kind) -> bool:
+    try:
+        await api.list(kind)
+    except ApiError as not_yet:
+        if not not_yet.not_found:
             raise
-        kept = pod["metadata"].get("annotations") or {}
-        annotations: Obj = {}
-        spec: Obj = {}
-        for group in ("containers", "initContainers"):
-            for container in pod["spec"].get(group) or ():
-                key = f"{ORIGINAL}{id[2]}.{container['name']}"
-                if key in kept:
-                    annotations[key] = None
-                    spec.setdefault(group, []).append({"name": container["name"], "image": kept[key]})
-        if annotations:
-            await self._patch_pod(record, {"metadata": {"annotations": annotations}, "spec": spec})
-
-    async def _patch_pod(self, record: Record, patch: Obj) -> None:
-        namespace, name = record.pod
-        try:
-            await self._api.patch(PODS, name, patch, namespace, type="strategic")
-        except ApiError as wrong:
-            raise Failed(str(wrong)) from wrong
-
-    # ── NetworkChaos ────────────────────────────────────────────────────────────────────────
-
-    async def _cut(self, id: Id, obj: Obj, records: Sequence[Record], record: Record) -> None:
-        pod = self._pods.get(record.pod[1], record.pod[0])
-        if pod is None:
-            raise Failed(f'pods "{record.pod[1]}" not found')
-        if pod["spec"].get("hostNetwork"):
-            raise Failed("pods on the host's network are never injected")
-        addresses = {
-            one.id: ip
-            for one in records
-            if (found := self._pods.get(one.pod[1], one.pod[0])) and (ip := found.get("status", {}).get("podIP"))
-        }
-        ids = {key: [one.id for one in records if one.key == key] for key in (".", ".Target")}
-        source = f"{id[1]}/{id[2]}"
-        try:
-            entries = podnetwork.partition(source, obj["spec"], ids, addresses, record.id)
-        except podnetwork.BadTarget as bad:
-            raise Failed(str(bad)) from bad
-        await self._network(id, record, pod, source, entries)
-
-    async def _uncut(self, id: Id, obj: Obj, records: Sequence[Record], record: Record) -> None:
-        pod = self._pods.get(record.pod[1], record.pod[0])
-        if pod is None:
-            return  # a pod that is gone counts as recovered
-        await self._network(id, record, pod, f"{id[1]}/{id[2]}", {})
-
-    async def _network(self, id: Id, record: Record, pod: Obj, source: str, entries: Obj) -> None:
-        """Write the pod's PodNetworkChaos and wait until its node's daemon has done it."""
-        namespace, name = record.pod
-        try:
-            current = await self._api.get(PODNETWORKCHAOS, name, namespace)
-        except ApiError as missing:
-            if not missing.not_found:
-                raise Failed(str(missing)) from missing
-            if not entries:
-                return
-            current = await self._create_network(pod)
-        spec = podnetwork.replaced(current.get("spec") or {}, source, entries)
-        if spec != (current.get("spec") or {}):
-            patch = {"spec": {part: spec.get(part) for part in podnetwork.LISTS}}
-            try:
-                current = await self._api.patch(PODNETWORKCHAOS, name, patch, namespace)
-            except ApiError as wrong:
-                raise Failed(str(wrong)) from wrong
-        status = current.get("status") or {}
-        if status.get("observedGeneration", 0) < current["metadata"].get("generation", 1):
-            self._waiting.setdefault((namespace, name), set()).add(id)
-            raise Waiting
-        if failed := status.get("failedMessage"):
-            raise Failed(failed)
-
-    async def _create_network(self, pod: Obj) -> Obj:
-        meta = pod["metadata"]
-        owner = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
-        metadata = {"name": meta["name"], "namespace": meta["namespace"], "ownerReferences": [owner]}
-        obj = {
-            "apiVersion": PODNETWORKCHAOS.api_version,
-            "kind": PODNETWORKCHAOS.kind,
-            "metadata": metadata,
-            "spec": {},
-        }
-        try:
-            return await self._api.create(PODNETWORKCHAOS, obj)
-        except ApiError as wrong:
-            raise Failed(str(wrong)) from wrong
-
-    # ── status ──────────────────────────────────────────────────────────────────────────────
-
-    async def _write(self, kind: Kind, obj: Obj, records: Sequence[Record], desired: str) -> None:
-        """Only ever PATCH: the chaos kinds have no status subresource."""
-        status = {
-            "conditions": conditions(obj, records),
-            "experiment": {"desiredPhase": desired, "containerRecords": [record.json for record in records]},
-        }
-        old = obj.get("status") or {}
-        if {key: old.get(key) for key in status} == status:
-            return
-        meta = obj["metadata"]
-        try:
-            await self._api.patch(kind, meta["name"], {"status": status}, meta["namespace"])
-        except ApiError as wrong:
-            if not wrong.not_found:
-                raise
-
-    async def _let_go(self, kind: Kind, obj: Obj, records: Sequence[Record]) -> None:
-        """Take our finalizer off once all records are exactly Not Injected, or when that is forced."""
-        meta = obj["metadata"]
-        kept = [one for one in meta.get("finalizers") or () if one != FINALIZER]
-        forced = (meta.get("annotations") or {}).get(CLEAN) == "forced" and not any(
-            record.phase == INJECTED and record.events and record.events[-1]["type"] == "Failed" for record in records
-        )
-        if len(kept) == len(meta.get("finalizers") or ()) or not (
-            forced or all(record.phase == NOT_INJECTED for record in records)
-        ):
-            return
-        try:
-            await self._api.patch(kind, meta["name"], {"metadata": {"finalizers": kept}}, meta["namespace"])
-        except ApiError as gone:
-            if not gone.not_found:
-                raise
-
-    async def _event(self, obj: Obj, type: str, reason: str, message: str) -> None:
-        meta = obj["metadata"]
-        about = {
-            "apiVersion": obj["apiVersion"],
-            "kind": obj["kind"],
-            "name": meta["name"],
-            "namespace": meta["namespace"],
-        }
-        event = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"name": f"{meta['name']}.{uuid.uuid4().hex[:12]}", "namespace": meta["namespace"]},
-            "involvedObject": about | {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]},
-            "type": type,
-            "reason": reason,
-            "message": message,
-            "source": {"component": "chaos-controller-manager"},
-            "firstTimestamp": now(),
-            "lastTimestamp": now(),
-            "count": 1,
-        }
-        try:
-            await self._api.create(EVENTS, event)
-        except ApiError as wrong:
-            log.info("no event for %s: %s", meta["name"], wrong)
+        return False
+    return True
 
 
 async def run(api: Api) -> None:
-    """Install the definitions and run every experiment, until cancelled."""
-    await install_crds(api)
+    """Run until cancelled. The definitions must be installed (`install_crds`)."""
     await Controller(api).run()
+
+
+Key = tuple[Kind, str, str]  # kind, namespace, name
+
+
+@dataclass(slots=True)
+class Worker:
+    """What the controller remembers of one experiment between passes."""
+
+    key: Key
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    uid: str = ""
+    spec: Obj = field(default_factory=dict)
+    unselectable: bool = False
+    failures: int = 0  # passes with an error, in a row
+    committed: dict[str, float] = field(default_factory=dict)
+
+    def meets(self, obj: Obj) -> None:
+        """Forget an earlier experiment of the same name."""
+        if self.uid != obj["metadata"]["uid"]:
+            self.uid, self.spec = obj["metadata"]["uid"], obj["spec"]
+            self.unselectable, self.failures, self.committed = False, 0, {}
+
+    def back_off(self) -> float:
+        self.failures += 1
+        return float(min(RETRY_FIRST * 2 ** (self.failures - 1), RETRY_MAX))
+
+
+class Controller:
+    def __init__(self, api: Api, rng: random.Random | None = None) -> None:
+        self._api = api
+        self._rng = rng or random.Random()  # noqa: S311  # which pod dies is no secret
+        self._recorder = Recorder(api)
+        self._podnetworks = Informer(api, PODNETWORKCHAOS, on_event=self._on_podnetwork)
+        self._workers: dict[Key, Worker] = {}
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._recorder.run())
+            tasks.create_task(self._podnetworks.run())
+            await self._podnetworks.synced.wait()
+            for kind in KINDS:
+                tasks.create_task(Informer(self._api, kind, on_event=self._on_event(kind, tasks)).run())
+
+    def _on_event(self, kind: Kind, tasks: asyncio.TaskGroup) -> Callable[[EventType, Obj, Obj | None], None]:
+        def on_event(type: EventType, new: Obj, old: Obj | None) -> None:
+            key = kind, new["metadata"]["namespace"], new["metadata"]["name"]
+            worker = self._workers.get(key)
+            if worker is None and type != "DELETED":
+                worker = self._workers[key] = Worker(key)
+                tasks.create_task(self._work(worker))
+            if worker and (type != "MODIFIED" or _relevant(new) != _relevant(old)):
+                worker.wake.set()
+
+        return on_event
+
+    def _on_podnetwork(self, type: EventType, new: Obj, old: Obj | None) -> None:
+        """Some daemon answered: look who waited for it."""
+        pod = f"{new['metadata']['namespace']}/{new['metadata']['name']}"
+        for worker in self._workers.values():
+            if pod in worker.committed:
+                worker.wake.set()
+
+    async def _work(self, worker: Worker) -> None:
+        """Passes over one experiment, until it is gone."""
+        while True:
+            worker.wake.clear()
+            try:
+                delay = await self._pass(worker)
+            except ApiError as error:
+                if error.not_found and not worker.wake.is_set():
+                    del self._workers[worker.key]
+                    return
+                log.log(logging.DEBUG if error.conflict else logging.WARNING, "%s: %s", worker.key[2], error)
+                delay = worker.back_off()
+            except _LOST as lost:
+                log.warning("%s: %s", worker.key[2], lost)
+                delay = worker.back_off()
+            try:
+                async with asyncio.timeout(delay):
+                    await worker.wake.wait()
+            except TimeoutError:
+                continue
+
+    async def _pass(self, worker: Worker) -> float | None:
+        """One pass; seconds until the next, None to wait for a change. ApiError 404: the experiment is gone."""
+        kind, namespace, name = worker.key
+        obj = await self._api.get(kind, name, namespace)
+        worker.meets(obj)
+        obj = await self._keep_spec(worker, await self._keep_finalizer(worker, obj))
+        act = action(kind.kind, obj["spec"])
+        obj, left = await self._desired_phase(worker, obj, act)
+        obj = await self._conditions(worker, obj)
+        run = Experiment(self._api, obj, _records(obj), self._podnetworks, worker.committed)
+        run.instances = dict(obj["status"].get("instances") or {})
+        failed = await self._step(worker, run, act)
+        if failed:
+            left = min(worker.back_off(), left or RETRY_MAX)
+        else:
+            worker.failures = 0
+            await self._clean(worker, obj, run.records)
+        waits = any(record.phase in (APPLYING, RECOVERING) for record in run.records)
+        return min(left or ACK_SECONDS, ACK_SECONDS) if waits else left
+
+    async def _patch(self, worker: Worker, patch: Obj) -> Obj:
+        kind, namespace, name = worker.key
+        return await self._api.patch(kind, name, patch, namespace)
+
+    async def _keep_finalizer(self, worker: Worker, obj: Obj) -> Obj:
+        meta = obj["metadata"]
+        finalizers = meta.get("finalizers") or []
+        if meta.get("deletionTimestamp") or FINALIZER in finalizers:
+            return obj
+        self._recorder.normal(obj, "FinalizerInited", "Finalizer has been inited")
+        change = {"finalizers": [*finalizers, FINALIZER], "resourceVersion": meta["resourceVersion"]}
+        return await self._patch(worker, {"metadata": change})
+
+    async def _keep_spec(self, worker: Worker, obj: Obj) -> Obj:
+        if obj["spec"] == worker.spec:
+            return obj
+        self._recorder.failed(obj, "update spec", "Cannot update chaos spec")
+        kind, namespace, name = worker.key
+        put_back = [{"op": "replace", "path": "/spec", "value": worker.spec}]
+        return await self._api.patch(kind, name, put_back, namespace, type="json")
+
+    async def _desired_phase(self, worker: Worker, obj: Obj, act: Action) -> tuple[Obj, float | None]:
+        """The object with its desired phase written, and the seconds until its duration is over."""
+        desired, reason, message, left = _desire(obj, act)
+        if (obj.get("status") or {}).get("experiment", {}).get("desiredPhase") == desired:
+            return obj, left
+        self._recorder.normal(obj, reason, message)
+        return await self._patch(worker, {"status": {"experiment": {"desiredPhase": desired}}}), left
+
+    async def _conditions(self, worker: Worker, obj: Obj) -> Obj:
+        new = conditions(obj, _records(obj))
+        if obj["status"].get("conditions") == new:
+            return obj
+        return await self._patch(worker, {"status": {"conditions": new}})
+
+    async def _step(self, worker: Worker, run: Experiment, act: Action) -> bool:
+        """Move every record one step towards the desired phase and write them down; True if any failed."""
+        fresh = False
+        if not run.records and not worker.unselectable and "deletionTimestamp" not in run.object["metadata"]:
+            try:
+                run.records = await self._select(worker.key[0].kind, run.object, act)
+                fresh = True
+            except CannotSelect as wrong:
+                worker.unselectable = True
+                self._recorder.failed(run.object, "select targets", str(wrong))
+        desired = run.object["status"]["experiment"]["desiredPhase"]
+        steps = [(record, operation) for record in run.records if (operation := record.wants(desired))]
+        before = [record.json for record in run.records]
+        failures = await asyncio.gather(*(self._operate(run, act, record, operation) for record, operation in steps))
+        after = [record.json for record in run.records]
+        if fresh or after != before:
+            status: Obj = {"experiment": {"containerRecords": after}}
+            if run.instances:
+                status["instances"] = run.instances
+            await self._patch(worker, {"status": status})
+        return any(failures)
+
+    async def _operate(self, run: Experiment, act: Action, record: Record, operation: Operation) -> bool:
+        """One operation on one record; True if it failed."""
+        apply = operation == "Apply"
+        try:
+            record.phase = await (act.apply(run, record) if apply else act.recover(run, record))
+        except (CannotAct, ApiError) as failure:
+            record.note(operation, str(failure))
+            self._recorder.failed(run.object, f"{operation.lower()} chaos", str(failure))
+            return True
+        if apply and record.phase == INJECTED:
+            record.injected += 1
+            record.note(operation)
+            self._recorder.normal(run.object, "Applied", f"Successfully apply chaos for {record.id}")
+        elif not apply and record.phase == NOT_INJECTED:
+            record.recovered += 1
+            record.note(operation)
+            self._recorder.normal(run.object, "Recovered", f"Successfully recover chaos for {record.id}")
+        return False
+
+    async def _select(self, kind: str, obj: Obj, act: Action) -> list[Record]:
+        """The experiment's targets, chosen once. Raises `CannotSelect` when any side selects nothing."""
+        spec, own = obj["spec"], obj["metadata"]["namespace"]
+        if wrong := refusal(kind, spec):
+            raise CannotSelect(wrong)
+        sides = {".": spec, **({".Target": spec["target"]} if spec.get("target") else {})}
+        records = []
+        for key, side in sides.items():
+            for pod in draw(await self._matching(side["selector"], own), side["mode"], side.get("value"), self._rng):
+                where = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
+                names = containers(pod, spec.get("containerNames")) if act.containers else [""]
+                records += [Record(f"{where}/{name}" if name else where, key) for name in names]
+            if not any(record.key == key for record in records):
+                raise CannotSelect("no target has been selected")
+        return records
+
+    async def _matching(self, selector: Mapping[str, Any], own: str) -> list[Obj]:
+        pods = [pod for namespace in namespaces(selector, own) for pod in (await self._api.list(PODS, namespace))[0]]
+        needs_nodes = selector.get("nodes") or selector.get("nodeSelectors")
+        nodes = (await self._api.list(NODES))[0] if needs_nodes else []
+        return select(selector, own, pods, nodes)
+
+    async def _clean(self, worker: Worker, obj: Obj, records: list[Record]) -> None:
+        """Let a deleted experiment go once it is recovered, or when told to by force."""
+        meta = obj["metadata"]
+        if not meta.get("deletionTimestamp") or not meta.get("finalizers"):
+            return
+        forced = (meta.get("annotations") or {}).get(CLEAN_FINALIZER) == "forced"
+        if forced or all(record.phase == NOT_INJECTED for record in records):
+            self._recorder.normal(obj, "FinalizerInited", "Finalizer has been removed")
+            await self._patch(worker, {"metadata": {"finalizers": []}})
+
+
+def refusal(kind: str, spec: Mapping[str, Any]) -> str | None:
+    """Why Chaos Mesh's webhook would refuse `spec`, or why the sandbox must. Partitions are not validated."""
+    if spec.get("remoteCluster"):
+        return "the sandbox has no remote clusters"
+    if kind == "PodChaos" and spec["action"] == "container-kill" and not spec.get("containerNames"):
+        return "the spec is invalid: the name of container is required on container-kill"
+    if kind == "StressChaos" and not spec.get("stressors") and not spec.get("stressngStressors"):
+        return "the spec is invalid: missing stressors"
+    if kind == "TimeChaos" or spec.get("action") == "partition":
+        return None
+    try:
+        gotime.seconds(spec.get("duration") or "0")
+    except ValueError as wrong:
+        return f"the spec is invalid: {wrong}"
+    return None
+
+
+def _desire(obj: Obj, act: Action) -> tuple[str, str, str, float | None]:
+    """Desired phase, the Event's reason and message when it changes, and seconds until the duration is over.
+
+    The duration counts from the creation, and runs on while paused.
+    """
+    if obj["metadata"].get("deletionTimestamp"):
+        return STOP, "Deleted", "Experiment has been deleted", None
+    started = RUN, "Started", "Experiment has started"
+    if act.one_shot:
+        return *started, None
+    left = _left(obj)
+    if left is not None and left <= 0:
+        return STOP, "TimeUp", "Time up according to the duration", None
+    if paused(obj):
+        return STOP, "Paused", "Experiment has been paused", left
+    return *started, left
+
+
+def _left(obj: Obj) -> float | None:
+    """Seconds until the duration is over, from the creation on; None when it never is."""
+    if not (duration := obj["spec"].get("duration")):
+        return None
+    try:
+        lasting = gotime.seconds(duration)
+    except ValueError:
+        return None  # not validated for partitions and clocks, and then never over, as in Chaos Mesh
+    created = calendar.timegm(time.strptime(obj["metadata"]["creationTimestamp"], "%Y-%m-%dT%H:%M:%SZ"))
+    return created + lasting - time.time()
+
+
+def _records(obj: Obj) -> list[Record]:
+    experiment = (obj.get("status") or {}).get("experiment") or {}
+    return [Record.of(raw) for raw in experiment.get("containerRecords") or ()]
+
+
+def _relevant(obj: Obj | None) -> object:
+    """What of an experiment calls for a pass: everything but its records' events, which every failure adds to."""
+    if obj is None:
+        return None
+    meta, status = obj["metadata"], obj.get("status") or {}
+    experiment = status.get("experiment") or {}
+    return (
+        meta["uid"],
+        obj.get("spec"),
+        meta.get("annotations"),
+        meta.get("finalizers"),
+        meta.get("deletionTimestamp"),
+        experiment.get("desiredPhase"),
+        [{**raw, "events": None} for raw in experiment.get("containerRecords") or ()],
+        status.get("conditions"),
+    )

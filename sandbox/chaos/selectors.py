@@ -15,6 +15,11 @@ from sandbox.client import Obj
 
 Selector = Mapping[str, Any]
 
+
+def _phase(pod: Obj) -> str:
+    return str(pod.get("status", {}).get("phase", ""))
+
+
 KNOWN = frozenset(
     {
         "namespaces",
@@ -38,7 +43,7 @@ FIELDS: Mapping[str, Callable[[Obj], str]] = {
     "spec.schedulerName": lambda pod: str(pod["spec"].get("schedulerName", "")),
     "spec.serviceAccountName": lambda pod: str(pod["spec"].get("serviceAccountName", "")),
     "spec.hostNetwork": lambda pod: "true" if pod["spec"].get("hostNetwork") else "false",
-    "status.phase": lambda pod: _phase(pod),
+    "status.phase": _phase,
     "status.podIP": lambda pod: str(pod.get("status", {}).get("podIP", "")),
     "status.nominatedNodeName": lambda pod: str(pod.get("status", {}).get("nominatedNodeName", "")),
 }
@@ -181,10 +186,6 @@ def _phases(wanted: Sequence[str]) -> Condition:
     without = {phase[1:] for phase in wanted if phase.startswith("!")}
     within = {phase for phase in wanted if not phase.startswith("!")}
     return lambda pod: _phase(pod) not in without and (not within or _phase(pod) in within)
-
-
-def _phase(pod: Obj) -> str:
-    return str(pod.get("status", {}).get("phase", ""))
 
 
 def _nodes(selector: Selector, nodes: Sequence[Obj]) -> set[str]:
