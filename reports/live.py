@@ -57,15 +57,16 @@ class Live:
     """
 
     def __init__(self, file: TextIO | None = None, clock: Callable[[], Instant] = now) -> None:
-        self._console = console(file)
+        self._file = file
         self._clock = clock
         self._rich: RichLive | None = None
         self._last: Progress | None = None
         self._said_at: Instant | None = None
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._rich = RichLive(console=self._console, transient=True, auto_refresh=False, redirect_stdout=False)
+        shown = console(self._file)
+        if shown.is_terminal:
+            self._rich = RichLive(console=shown, transient=True, auto_refresh=False, redirect_stdout=False)
             self._rich.start()
         return self
 
@@ -81,13 +82,15 @@ class Live:
             self._rich.update(_panel(progress), refresh=True)
         elif self._due(progress):
             broken = f" · broken: {progress.said_broken}" if progress.broken else ""
-            self._console.print(Text(f"{progress.experiment}  {progress.words}{broken}"), soft_wrap=True)
+            self.say(f"{progress.experiment}  {progress.words}{broken}")
             self._said_at = self._clock()
         self._last = progress
 
     def say(self, line: str) -> None:
-        """A line that stays: a phase, a proof, a stop."""
-        self._console.print(Text(one_line(line)), soft_wrap=True)
+        """A line that stays: a phase, a proof, a stop. Control characters are taken out."""
+        # Asked for anew: the standard output may be captured when we are made and a terminal when we speak.
+        out = self._rich.console if self._rich is not None else console(self._file)
+        out.print(Text("".join(c if c.isprintable() else " " for c in line)), soft_wrap=True)
 
     def _due(self, progress: Progress) -> bool:
         if self._last is None or self._said_at is None:

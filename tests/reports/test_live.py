@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
+
+import pytest
 
 from reports.live import Live, Progress
 
@@ -49,6 +52,19 @@ def test_a_terminal_is_redrawn_and_left_clean() -> None:
         live.update(replace(NOW, broken=("zone b is cut",)))
     assert "broken now: " in out.getvalue()
     assert "\x1b[?25h" in out.getvalue()  # the cursor is shown again
+
+
+def test_made_while_output_is_captured_and_used_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    live, out = Live(), Terminal()
+    monkeypatch.setattr("sys.stdout", out)
+    with live:
+        live.update(NOW)
+    assert "\x1b[?25l" in out.getvalue()  # redrawn, so seen as a terminal
+    seen = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip("\r") for line in out.getvalue().splitlines()]
+    assert max(map(len, seen)) <= 60
 
 
 class Terminal(io.StringIO):
