@@ -365,19 +365,20 @@ def stages(timeline: Timeline, fault: float, back: float | None) -> dict[str, fl
     for e in of(timeline, EndpointMark):
         if not (e.ready and e.present) and (e.target or e.pod.rsplit("/", 1)[-1] in targets):
             note("noticed", e.t)
-    came_back: dict[str, float] = {}  # pod → from when on what it does counts
+    came_back: set[str] = set()
+    ready: dict[str, float] = {}
     for p in sorted(of(timeline, PodMark), key=lambda m: m.t):
         name = p.pod.rsplit("/", 1)[-1]
         is_new = p.stage == "created" and name not in targets
         is_back = p.stage in ("unready", "restarted", "created") and (p.target or name in targets)
         if p.t >= fault and (is_new or is_back):
-            came_back.setdefault(name, p.t)
+            came_back.add(name)
         if name in came_back and p.stage in _STAGE_OF:
             note(_STAGE_OF[p.stage], p.t)
             if p.stage == "ready":
-                came_back[name] = p.t
+                ready.setdefault(name, p.t)
     for r in timeline.replies:
-        since = came_back.get(_pod(r) or "")
+        since = ready.get(_pod(r) or "")
         if r.ok and r.t_first is not None and since is not None and r.t_intended >= since:
             note("served", r.t_first)
     if back is not None:

@@ -163,7 +163,8 @@ class NothingLeftBehind(Objective):
         return "nothing left behind"
 
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
-        steps = [Step.CLEAN] if timeline.fault.one_shot else [Step.HEALED, Step.CLEAN]
+        harmless = timeline.fault.one_shot or fault_low(timeline) is None
+        steps = [Step.CLEAN] if harmless else [Step.HEALED, Step.CLEAN]
         latest = {(m.step, m.what): m for step in steps for m in marks(timeline, step)}
         missing = [s.value for s in steps if not any(step is s for step, _ in latest)]
         left = [f"{m.what or m.step.value}: {m.detail or 'not ok'}" for m in latest.values() if not m.ok]
