@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import os
 import socket
@@ -15,6 +14,7 @@ import orjson
 import uvloop
 
 from sandbox import prometheus, repair
+from sandbox.chaos import controller
 from sandbox.client import SERVICES, ApiError, HttpApi
 from sandbox.discovery import Discovery
 from sandbox.node.network import API_URL
@@ -57,6 +57,7 @@ async def _run(config: Config, target: socket.socket, prometheus_sock: socket.so
     async with HttpApi(API_URL, config.token, config.ca, user_agent="gameday-addons") as api:
         endpoints = Endpoints(api, NAMESPACE, SERVICE)
         work: list[Coroutine[Any, Any, None]] = [
+            controller.run(api),  # its definitions are installed by the supervisor
             repair.run(api, config.clocks),
             Discovery(api).serve("127.0.0.1", prometheus.DISCOVERY_PORT),
             endpoints.run(),
@@ -64,10 +65,6 @@ async def _run(config: Config, target: socket.socket, prometheus_sock: socket.so
             Relay(lambda: [("127.0.0.1", prometheus.PORT)]).serve(prometheus_sock),
             _announce(api, target.getsockname()[1]),
         ]
-        try:
-            work.append(importlib.import_module("sandbox.chaos.controller").run(api))
-        except ModuleNotFoundError as missing:
-            log.warning("no chaos controller: %s", missing)
         async with asyncio.TaskGroup() as group:
             for item in work:
                 group.create_task(item)

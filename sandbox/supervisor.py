@@ -30,6 +30,7 @@ import uvloop
 
 from sandbox import addons, deploy, prometheus
 from sandbox.apiserver import Identity, TlsFiles, make_tls
+from sandbox.chaos import controller
 from sandbox.client import ApiError, HttpApi
 from sandbox.controlplane import ADMIN, serve, write_kubeconfig
 from sandbox.machines import MOST_PER_ZONE, Machines, machine_name
@@ -46,7 +47,6 @@ _STARTED_SECONDS = 20.0  # for the control plane to answer
 _PRELOAD = (
     "sandbox.controllers",
     "sandbox.node.machine",
-    "sandbox.chaos.controller",
     "sandbox.chaos.daemon",
     "sandbox.images.engine",
     "sandbox.images.gateway",
@@ -274,6 +274,7 @@ class Supervisor:
         async with HttpApi(self.api_url, self.admin, self.tls.ca_pem, user_agent="gameday-supervisor") as api:
             if self.options.bare:
                 return
+            await controller.install_crds(api)
             await self._spawn_addons()
             machines = Machines(self.zygote, self.options, self.state, self.tls.ca_pem, self.node_tokens)
             names = await machines.boot_all()
@@ -425,10 +426,7 @@ def _lock(state: Path) -> int:
 
 def _preload() -> None:
     for name in _PRELOAD:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as missing:
-            log.warning("%s", missing)
+        importlib.import_module(name)
 
 
 def _live(options: Options, reports: Reports) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import logging
 import os
 import socket
@@ -19,6 +18,7 @@ import orjson
 import uvloop
 from aiohttp import web
 
+from sandbox.chaos import daemon
 from sandbox.client import LEASES, NODES, PODS, ApiError, EventType, HttpApi, Informer, Obj
 from sandbox.node import images, kernel_log, logs, network, node_status
 from sandbox.node.events import Recorder
@@ -296,21 +296,12 @@ class Agent:
         self._spawn(self.keep_lease())
         self._spawn(self.keep_status())
         self._spawn(kernel_log.run(self.place, self.name))
-        if daemon := _chaos_daemon():
-            self._spawn(daemon(self.api, self.name, self.netns_of))
+        self._spawn(daemon.run(self.api, self.name, self.netns_of))
         await self.zygote.lost.wait()
 
 
 def _deleted(obj: Obj) -> bool:
     return "deletionTimestamp" in obj["metadata"]
-
-
-def _chaos_daemon() -> Any:
-    try:
-        return importlib.import_module("sandbox.chaos.daemon").run
-    except ModuleNotFoundError as missing:
-        log.warning("no chaos daemon: %s", missing)
-        return None
 
 
 async def _serve(machine: Machine, zygote: socket.socket) -> None:

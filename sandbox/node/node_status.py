@@ -24,7 +24,7 @@ _CONDITIONS = (
 
 def gpu_uuids(node: str, count: int) -> list[str]:
     """The machine's devices, with the same names after every start of a machine of that name."""
-    return [f"GPU-{uuid.uuid5(uuid.NAMESPACE_DNS, f'{node}.gpu{number}')}" for number in range(count)]
+    return [f"GPU-{uuid.uuid5(uuid.NAMESPACE_DNS, f'{node}/{number}')}" for number in range(count)]
 
 
 def conditions() -> list[Obj]:
