@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from gameday.model import (
     About,
@@ -69,8 +69,8 @@ class Plant:
     about: About = ABOUT
     pods: tuple[str, ...] = ("engine-a", "engine-b", "engine-c")
     ttft: Callable[[float], float] = lambda _t: 0.05
-    extra: list[Event] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    extra: Sequence[Event] = ()
+    samples: Sequence[Sample] = ()
 
     def replies(self) -> list[Reply]:
         rng = random.Random(self.seed)

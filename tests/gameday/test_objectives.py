@@ -545,12 +545,16 @@ def test_a_bad_objective_is_one_sentence(value: object, sentence: str) -> None:
         objective_from_json(value)
 
 
+def somehow() -> Objective:
+    return objective_from_json({"type": "Recovers", "within": 10, "recovers": "somehow"})
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: Success(99), lambda: Success(0), FirstToken, lambda: FirstToken(p50=1, p95=1),
         lambda: FirstToken(p95=-1), lambda: Recovers(0), lambda: Recovers(10, hold=0), lambda: Goodput(0.9),
-        lambda: Recovers(10, recovers="somehow"), lambda: Promql("up"), lambda: Promql("up", at_most=1, at_least=1),
+        somehow, lambda: Promql("up"), lambda: Promql("up", at_most=1, at_least=1),
         lambda: Promql(" ", at_most=1), lambda: StaysUp(0), lambda: Availability(1.0), lambda: TokensPerSecond(0),
         lambda: Capacity(1.5), lambda: Alerts("", within=1), lambda: Alerts("A", within=0),
     ],

@@ -10,7 +10,7 @@ import pytest
 from planted import AFTER, END, FAULT, GONE, HARM, PROOF, UNDO, Plant, between, without
 
 from gameday import recovery
-from gameday.model import EndpointMark, FaultMark, Outcome, Phase, PodMark, Recovery, Reply, Step, Verdict
+from gameday.model import EndpointMark, Event, FaultMark, Outcome, Phase, PodMark, Recovery, Reply, Step, Verdict
 from gameday.objectives import Recovers
 
 ONE_SHOT = replace(FAULT, one_shot=True, name="pod kill")
@@ -241,7 +241,7 @@ def test_shed_and_censored_requests_say_nothing() -> None:
 
 def test_stages_come_from_watches_and_replies() -> None:
     new = "llm/engine-n"
-    marks = [
+    marks: list[Event] = [
         EndpointMark(101.0, "llm", "llm/engine-a", ready=False),  # not a target
         EndpointMark(101.5, "llm", "llm/engine-b", ready=False, target=True),
         PodMark(102.0, new, "uid-n", "created"),
