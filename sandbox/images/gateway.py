@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -360,36 +360,41 @@ async def _follow(config: Config, balancer: Balancer, known: asyncio.Event) -> N
                 await incluster.token_changed()
 
 
-@asynccontextmanager
-async def _following(config: Config, balancer: Balancer) -> AsyncIterator[asyncio.Event]:
-    known = asyncio.Event()
-    task = asyncio.create_task(_follow(config, balancer, known))
-    try:
-        yield known
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-
 async def _serve(config: Config) -> int:
     stop = stop_event()
     gateway = Gateway(config)
-    async with _following(config, gateway.balancer) as known:
-        ready = asyncio.create_task(known.wait())
-        await asyncio.wait({ready, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    known = asyncio.Event()
+    following = asyncio.create_task(_follow(config, gateway.balancer, known))
+    try:
+        await _first_of(following, known, stop)
         if stop.is_set():
             return 0
         async with serving(gateway.app(), config.host, config.port, keep_alive=75.0) as close_port:
             say(f"serving {config.namespace}/{config.service} on {config.host}:{config.port}")
-            await stop.wait()
+            await _first_of(following, stop)
             say("draining")
             gateway.drain()
             await asyncio.sleep(config.drain_seconds)
             await close_port()
             await gateway.idle()
+    finally:
+        following.cancel()
+        with suppress(asyncio.CancelledError):
+            await following
     say("drained")
     return 0
+
+
+async def _first_of(following: asyncio.Task[None], *events: asyncio.Event) -> None:
+    """Wait for one of the events; what ends `following` (a missing token) ends this too."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait({following, *waits}, return_when=asyncio.FIRST_COMPLETED)
+        if following.done():
+            following.result()
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def _config(argv: Sequence[str]) -> Config:

@@ -232,8 +232,11 @@ Fault = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def bad_server(fault: Fault) -> AsyncIterator[str]:
-    """A server on port 8000 of its own address that treats every request with `fault`; yields the address."""
+async def bad_server(fault: Fault, *, healthy: bool = False) -> AsyncIterator[str]:
+    """A server on port 8000 of its own address that treats every request with `fault`; yields the address.
+
+    `healthy`: all but GET, which is answered with 200, as by an engine whose GPU is dead while its server lives.
+    """
     host = new_host()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -242,7 +245,11 @@ async def bad_server(fault: Fault) -> AsyncIterator[str]:
             found = re.search(rb"(?i)content-length: *(\d+)", head)
             length = int(found[1]) if found else 0
             await reader.readexactly(length)
-            await fault(reader, writer)
+            if healthy and head.startswith(b"GET"):
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                await writer.drain()
+            else:
+                await fault(reader, writer)
         writer.close()
 
     server = await asyncio.start_server(serve, host, 8000)
