@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sandbox.apiserver import rbac
-from sandbox.apiserver.core import Core, Write
+from sandbox.apiserver.core import Core
 from sandbox.client import Obj
 
 NAMESPACES = ("default", "kube-system", "kube-public", "kube-node-lease")
@@ -14,7 +14,7 @@ _RBAC = {"kubernetes.io/bootstrapping": "rbac-defaults"}
 def _create(core: Core, group: str, plural: str, obj: Obj, namespace: str = "") -> None:
     res = core.registry.find(group, "v1", plural)
     assert res is not None
-    core.create(res, namespace, {"kind": res.kind, "apiVersion": res.api_version, **obj}, Write())
+    core.create(res, namespace, {"kind": res.kind, "apiVersion": res.api_version, **obj})
 
 
 def objects(core: Core) -> None:

@@ -51,7 +51,7 @@ class Query:
 
 
 ALL = Query()
-BY_MASTER = Write()
+BY_MASTER = Write(validation="Ignore")
 _DROP_EMPTY = ("labels", "annotations", "finalizers", "ownerReferences", "generateName", "uid", "resourceVersion",
                "namespace", "creationTimestamp")
 
@@ -143,7 +143,7 @@ class Core:
 
     # -- writing
 
-    def create(self, res: Resource, namespace: str, body: Obj, write: Write) -> Stored:
+    def create(self, res: Resource, namespace: str, body: Obj, write: Write = BY_MASTER) -> Stored:
         obj = self._received(res, namespace, body, write)
         meta = obj["metadata"]
         if res.namespaced:
@@ -162,6 +162,9 @@ class Core:
         defaults.apply(res, obj, self)
         validation.check_create(res, obj, self._check_kind(res, obj))
         strategy.admit_create(self, res, obj, write.user)
+        text = strategy.warning(res)
+        if text and write.validation != "Ignore":
+            write.warnings.append(text)
         if self.store.get(res.key, namespace, meta["name"]) is not None:
             raise self._exists(res, namespace, meta["name"])
         obj = _ordered(obj)
@@ -266,7 +269,8 @@ class Core:
         return self.update(res, namespace, name, fresh if changed is None else changed, write, sub)
 
     def patch(
-        self, res: Resource, namespace: str, name: str, kind: str, body: Any, write: Write, sub: str = ""
+        self, res: Resource, namespace: str, name: str, kind: str, body: Any, write: Write = BY_MASTER,
+        sub: str = "",
     ) -> Stored:
         old = self.get(res, namespace, name)
         shown = conversion.from_storage(res, old.copy())

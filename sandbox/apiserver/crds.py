@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sandbox.apiserver import rules, schema as schemas
+from sandbox.apiserver import errors, rules, schema as schemas
 from sandbox.apiserver.errors import Cause
 from sandbox.apiserver.resources import Resource
 from sandbox.apiserver.store import Change
@@ -212,10 +212,36 @@ def _walk(schema: Any, path: str) -> Iterator[tuple[str, Obj]]:
     if not isinstance(schema, dict):
         return
     yield path, schema
-    for name, sub in (schema.get("properties") or {}).items():
+    properties = schema.get("properties") or {}
+    if not isinstance(properties, dict):
+        raise errors.bad_request(f"{path}.properties must be an object")
+    for name, sub in properties.items():
         yield from _walk(sub, f"{path}.properties[{name}]")
     for key in ("items", "additionalProperties"):
         yield from _walk(schema.get(key), f"{path}.{key}")
+
+
+_NUMBERS = ("minimum", "maximum", "multipleOf", "minLength", "maxLength", "minItems", "maxItems", "minProperties",
+            "maxProperties")
+_LISTS = ("required", "enum", "allOf", "anyOf", "oneOf")
+
+
+def _keywords(schema: Obj, where: str) -> list[Cause]:
+    """Keywords whose values are of no use to validation."""
+    causes = []
+    for key in _NUMBERS:
+        value = schema.get(key, 0)
+        if not isinstance(value, int | float):
+            causes.append(rules.invalid(f"{where}.{key}", value, "must be a number"))
+    for key in _LISTS:
+        if not isinstance(schema.get(key) or [], list):
+            causes.append(rules.invalid(f"{where}.{key}", schema[key], "must be a list"))
+    pattern = schema.get("pattern") or ""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError):
+        causes.append(rules.invalid(f"{where}.pattern", pattern, "must be a valid regular expression"))
+    return causes
 
 
 def _structural(schema: Obj, path: str) -> list[Cause]:
@@ -223,6 +249,8 @@ def _structural(schema: Obj, path: str) -> list[Cause]:
     if schema.get("type") != "object":
         causes.append(rules.invalid(f"{path}.type", schema.get("type", ""), "must be object at the root"))
     for where, sub in _walk(schema, path):
+        wrong = _keywords(sub, where)
+        causes += wrong
         if "x-kubernetes-validations" in sub:
             why = "CEL rules are not supported by the sandbox's API server"
             causes.append(rules.forbidden(f"{where}.x-kubernetes-validations", why))
@@ -230,7 +258,7 @@ def _structural(schema: Obj, path: str) -> list[Cause]:
         if not sub.get("type") and not free and where != path:
             noun = "array items" if where.endswith(".items") else "object fields"
             causes.append(rules.required(f"{where}.type", f"must not be empty for specified {noun}"))
-        if "default" in sub:
+        if "default" in sub and not wrong:
             causes += [
                 Cause(cause.reason, cause.message, f"{where}.default{cause.field and '.' + cause.field}")
                 for cause in schemas.validate(sub, sub["default"], "")

@@ -62,9 +62,14 @@ class Handler:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
-            return await self._answer(request)
+            answer = await self._answer(request)
         except ApiError as error:
-            return failure(error)
+            answer = failure(error)
+        if "/endpoints" in request.path and not answer.prepared:
+            address = paths.parse(request.path)
+            if address and (address.group, address.plural) == ("", "endpoints"):
+                answer.headers["Warning"] = media.warning(_ENDPOINTS_DEPRECATED)
+        return answer
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         user = self._identify(request)
@@ -152,7 +157,9 @@ class Handler:
     async def _get(self, request: web.BaseRequest, target: Target) -> web.StreamResponse:
         if target.sub == "log":
             return await logs.proxy(self._core, request, target.space, target.name)
-        if target.sub in ("exec", "attach", "portforward", "binding", "eviction", "token"):
+        if target.sub == "exec":
+            raise logs.no_exec(self._core, target.space, target.name)
+        if target.sub in ("binding", "eviction", "token"):
             raise errors.method_not_allowed()
         stored = self._core.get(target.res, target.space, target.name)
         if target.sub == "scale":
@@ -259,12 +266,14 @@ class Handler:
             return await self._patch(request, target, write)
         if verb.startswith("delete"):
             return await self._delete(request, target, verb, write)
-        body = await media.body(request, res.kind)
+        body = await media.body(request, res.kind, optional=sub == "exec")
         if verb == "create" and (sub or res.key in REVIEWS):
             return _json(self._post(target, body, write), 201)
         if sub == "scale":
             return _json(subresources.set_scale(core, res, space, name, body, write))
         media.check_kind(core.registry, res, body)
+        if request.content_type == JSON and options.validation != "Ignore":
+            _check_duplicates(res, await request.read(), write)
         fresh = verb == "create" or core.store.get(res.key, space, name) is None
         if verb == "create":
             stored = core.create(res, space, body, write)
@@ -318,6 +327,8 @@ class Handler:
                 return subresources.evict(core, res, space, name, body, write)
             case "serviceaccounts", "token":
                 return subresources.token_request(core, self._tokens, space, name, body, write)
+            case "pods", "exec":
+                raise logs.no_exec(core, space, name)
             case "bindings", "":
                 pods = core.registry.find("", "v1", "pods")
                 assert pods is not None
@@ -338,6 +349,9 @@ class Handler:
 
 
 _RETURN_DELETED = frozenset({"pods", "services", "serviceaccounts", "persistentvolumeclaims", "resourcequotas"})
+
+
+_ENDPOINTS_DEPRECATED = "v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice"
 
 
 class _EventEncoder:
@@ -405,6 +419,13 @@ class _Stream:
 
 
 # -- small things of HTTP
+
+
+def _check_duplicates(res: Resource, raw: bytes, write: Write) -> None:
+    found = [f'duplicate field "{name}"' for name in media.duplicates(raw)]
+    if found and write.validation == "Strict":
+        raise errors.Undecodable(res.version, res.kind, f"strict decoding error: {', '.join(found)}")
+    write.warnings.extend(found)
 
 
 def _job_warning(res: Resource, options: Obj) -> dict[str, str]:

@@ -32,7 +32,7 @@ def _container(pod: Obj, asked: str) -> str:
 def _kubelet(core: Core, node_name: str) -> str:
     node = core.store.get("nodes", "", node_name)
     if node is None:
-        raise errors.not_found("", "nodes", node_name)
+        raise errors.not_found("", "pods", node_name)  # so the real server: it looks for the node's "pod" of logs
     status = node.obj.get("status") or {}
     addresses = {entry["type"]: entry["address"] for entry in status.get("addresses") or []}
     port = ((status.get("daemonEndpoints") or {}).get("kubeletEndpoint") or {}).get("Port")
@@ -40,6 +40,16 @@ def _kubelet(core: Core, node_name: str) -> str:
         raise ApiError(500, "InternalError", f'Internal error occurred: no preferred addresses found for node '
                        f'"{node_name}"')
     return f"http://{addresses['InternalIP']}:{port}"
+
+
+def no_exec(core: Core, namespace: str, name: str) -> ApiError:
+    """Why there is no exec into this pod."""
+    pod = core.store.get("pods", namespace, name)
+    if pod is None:
+        return errors.not_found("", "pods", name)
+    if not pod.obj["spec"].get("nodeName"):
+        return errors.bad_request(f"pod {name} does not have a host assigned")
+    return ApiError(501, "NotImplemented", "exec is not supported by the sandbox")
 
 
 async def proxy(core: Core, request: web.BaseRequest, namespace: str, name: str) -> web.StreamResponse:
@@ -52,7 +62,7 @@ async def proxy(core: Core, request: web.BaseRequest, namespace: str, name: str)
     container = _container(found.obj, request.query.get("container", ""))
     node = found.obj["spec"].get("nodeName")
     if not node:
-        return web.Response(body=b"", content_type="text/plain")
+        return web.Response(status=204)
     query = {key: value for key, value in request.query.items() if key != "container"}
     url = f"{_kubelet(core, node)}/containerLogs/{namespace}/{name}/{container}"
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=3)

@@ -81,6 +81,18 @@ def unsupported_patch(type: str) -> ApiError:
     return errors.Bare(415, "UnsupportedMediaType", "415: Unsupported Media Type")
 
 
+def duplicates(raw: bytes) -> list[str]:
+    """The fields that a JSON body names twice; orjson takes the last one silently."""
+    found: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        names = [name for name, _ in pairs]
+        found.extend(name for i, name in enumerate(names) if name in names[:i])
+
+    json.loads(raw, object_pairs_hook=note)
+    return found
+
+
 async def body(request: web.BaseRequest, kind: str, *, optional: bool = False, patch: bool = False) -> Any:
     """The decoded body. Raises ApiError: 400, 413, 415."""
     raw = await request.read()
@@ -126,7 +138,7 @@ def check_kind(registry: Registry, res: Resource, obj: Any) -> None:
     """The body must be of the resource's kind and version, or say nothing. Raises ApiError(400 or 422)."""
     if not isinstance(obj, dict):
         raise errors.bad_request(f"the object provided is unrecognized (must be of type {res.kind})")
-    kind, version = obj.get("kind") or res.kind, obj.get("apiVersion") or res.api_version
+    kind, version = str(obj.get("kind") or res.kind), str(obj.get("apiVersion") or res.api_version)
     if kind == res.kind and version == res.api_version:
         return
     if res.custom is not None:

@@ -16,6 +16,8 @@ _KNOWN = frozenset({
     # of pods/log, which has its own check
     "container", "follow", "previous", "timestamps", "tailLines", "limitBytes", "sinceSeconds", "sinceTime", "stream",
     "insecureSkipTLSVerifyBackend",
+    # of pods/exec, which is refused with a reason of its own
+    "command", "stdin", "stdout", "stderr", "tty",
 })
 _KINDS = {"create": "CreateOptions", "update": "UpdateOptions", "patch": "PatchOptions"}
 

@@ -8,7 +8,7 @@ change once given). Answers are JSON, which those clients take as well.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -139,29 +139,30 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
+def _intstr(raw: bytes) -> str | int:
+    found = dict(_entries(raw))
+    text, number = found.get(3, b""), found.get(2, 0)
+    return text.decode() if found.get(1) and isinstance(text, bytes) else int(number)
+
+
+def _quantity(raw: bytes) -> str:
+    return next((value.decode() for _, value in _entries(raw) if isinstance(value, bytes)), "0")
+
+
+def _number(type: str, raw: int) -> bool | int:
+    if type == "bool":
+        return bool(raw)
+    if type not in ("int32", "int64"):
+        raise _Broken(f"a number where {type} belongs")
+    return _signed(raw)
+
+
 def _value(type: str, raw: int | bytes) -> Any:
     """One value; None for what Go's JSON leaves out."""
     if isinstance(raw, int):
-        if type == "bool":
-            return bool(raw)
-        if type not in ("int32", "int64"):
-            raise _Broken(f"a number where {type} belongs")
-        return _signed(raw)
-    match type:
-        case "string":
-            return raw.decode() or None
-        case "bytes":
-            return base64.b64encode(raw).decode()
-        case "quantity":
-            return next((value.decode() for _, value in _entries(raw) if isinstance(value, bytes)), "0")
-        case "intstr":
-            found = dict(_entries(raw))
-            text = found.get(3, b"")
-            return text.decode() if found.get(1) and isinstance(text, bytes) else found.get(2, 0)
-        case "time" | "microtime":
-            return _time(raw)
-        case _:
-            return _message(type, raw)
+        return _number(type, raw)
+    decoder = _DECODERS.get(type)
+    return decoder(raw) if decoder else _message(type, raw)
 
 
 def _time(raw: bytes) -> str | None:
@@ -169,6 +170,16 @@ def _time(raw: bytes) -> str | None:
     if not isinstance(seconds, int):
         return None
     return datetime.fromtimestamp(_signed(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+_DECODERS: dict[str, Callable[[bytes], Any]] = {
+    "string": lambda raw: raw.decode() or None,
+    "bytes": lambda raw: base64.b64encode(raw).decode(),
+    "quantity": _quantity,
+    "intstr": _intstr,
+    "time": _time,
+    "microtime": _time,
+}
 
 
 def _message(type: str, data: bytes) -> Obj:

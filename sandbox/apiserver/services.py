@@ -56,6 +56,11 @@ def _invalid(obj: Obj, field: str, value: object, why: str) -> ApiError:
 
 
 def _check_address(obj: Obj, address: str, others: list[Obj]) -> None:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError as wrong:
+        why = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)"
+        raise _invalid(obj, "spec.clusterIPs[0]", address, why) from wrong
     if ipaddress.ip_address(address) not in RANGE:
         why = f"failed to allocate IP {address}: the provided network does not match the current range"
         raise _invalid(obj, "spec.clusterIPs", [address], why)

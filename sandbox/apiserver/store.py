@@ -51,8 +51,12 @@ class Subscription:
             self._wake.set()
 
     def push(self, change: Change) -> None:
+        """A reader that falls too far behind is cut off; it may resume from the log, or gets 410 there."""
+        if self.ended:
+            return
         self._queue.append(change)
         self._wake.set()
+        self.ended = len(self._queue) >= LOG_LENGTH
 
     def end(self) -> None:
         """No more will come (the resource is no longer served)."""

@@ -54,6 +54,8 @@ _GENERATIONS = frozenset(
 )
 # Nothing in the sandbox acts on these; accepting them would be a lie.
 UNSUPPORTED = frozenset({"PersistentVolume", "ReplicationController", "Ingress", "StorageClass"})
+# Stored, so that manifests can be applied; the client is warned that they have no effect.
+_INERT = frozenset({"CronJob", "NetworkPolicy", "ResourceQuota", "LimitRange", "PersistentVolumeClaim"})
 # Kinds whose rules look into `spec`: it is there, if empty, as a Go struct is.
 _WITH_SPEC = frozenset({
     "Pod", "Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "Job", "CronJob", "Service", "PodDisruptionBudget",
@@ -77,6 +79,13 @@ _VERSION_ON_UPDATE = frozenset({"Lease", "PodDisruptionBudget", "CustomResourceD
 # Metadata that counts as wanted state too.
 _GENERATION_COUNTS = {"Deployment": "annotations", "EndpointSlice": "labels"}
 _NOT_READY = "node.kubernetes.io/not-ready"
+
+
+def warning(res: Resource) -> str | None:
+    """What whoever writes this kind should know."""
+    if res.custom is not None or res.kind not in _INERT:
+        return None
+    return f"the sandbox stores {res.kind} objects, but nothing in it acts on them"
 
 
 def creates_on_update(res: Resource) -> bool:
@@ -149,9 +158,9 @@ def _job_labels(obj: Obj) -> None:
         return
     labels = {
         "batch.kubernetes.io/controller-uid": meta["uid"],
-        "batch.kubernetes.io/job-name": meta["name"],
+        "batch.kubernetes.io/job-name": meta.get("name", ""),
         "controller-uid": meta["uid"],
-        "job-name": meta["name"],
+        "job-name": meta.get("name", ""),
     }
     template = _sub(_sub(spec, "template"), "metadata")
     _sub(template, "labels").update(labels)

@@ -340,7 +340,7 @@ def _cronjob(obj: Obj) -> Cells:
     last = age(status["lastScheduleTime"]) if status.get("lastScheduleTime") else NONE
     template = spec["jobTemplate"]["spec"]["template"]
     return [
-        obj["metadata"]["name"], spec["schedule"], spec.get("timeZone") or NONE, str(bool(spec.get("suspend"))),
+        obj["metadata"]["name"], spec.get("schedule"), spec.get("timeZone") or NONE, str(bool(spec.get("suspend"))),
         len(status.get("active") or []), last, _age(obj), *_containers(template), NONE,
     ]
 

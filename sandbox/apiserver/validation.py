@@ -380,6 +380,18 @@ def _job(obj: Obj) -> list[Cause]:
 # -- other kinds
 
 
+def _cronjob(obj: Obj) -> list[Cause]:
+    spec = obj["spec"]
+    causes = [] if spec.get("schedule") else [required("spec.schedule")]
+    causes += _one_of(spec, "concurrencyPolicy", "spec", ("Allow", "Forbid", "Replace"))
+    pod = spec["jobTemplate"]["spec"]["template"]["spec"]
+    causes += pod_spec(pod, "spec.jobTemplate.spec.template.spec")
+    if pod.get("restartPolicy") == "Always":
+        causes.append(required("spec.jobTemplate.spec.template.spec.restartPolicy",
+                               'valid values: "OnFailure", "Never"'))
+    return causes
+
+
 def _service(obj: Obj) -> list[Cause]:
     spec = obj["spec"]
     types = ("ClusterIP", "ExternalName", "LoadBalancer", "NodePort")
@@ -443,6 +455,8 @@ def _hpa(obj: Obj) -> list[Cause]:
     elif most < least:
         causes.append(invalid("spec.maxReplicas", most, "must be greater than or equal to `minReplicas`"))
     ref = spec.get("scaleTargetRef") or {}
+    if ref.get("kind") and not ref.get("apiVersion"):
+        causes.append(invalid("spec.scaleTargetRef.apiVersion", "", "apiVersion must specify API group"))
     return causes + [required(f"spec.scaleTargetRef.{key}") for key in ("kind", "name") if not ref.get(key)]
 
 
@@ -457,7 +471,7 @@ def _lease(obj: Obj) -> list[Cause]:
 
 def _priority(obj: Obj) -> list[Cause]:
     value = obj.get("value", 0)
-    if value > 10**9 and not obj["metadata"]["name"].startswith("system-"):
+    if value > 10**9 and not obj["metadata"].get("name", "").startswith("system-"):
         why = "maximum allowed value of a user defined priority is 1000000000"
         return [forbidden("value", why)]
     return []
@@ -466,7 +480,7 @@ def _priority(obj: Obj) -> list[Cause]:
 def _binding(obj: Obj) -> list[Cause]:
     ref = obj.get("roleRef") or {}
     causes = []
-    if ref.get("apiGroup") != "rbac.authorization.k8s.io":
+    if ref.get("apiGroup", "rbac.authorization.k8s.io") != "rbac.authorization.k8s.io":
         causes.append(unsupported("roleRef.apiGroup", ref.get("apiGroup", ""), ("rbac.authorization.k8s.io",)))
     kinds = ("Role", "ClusterRole") if obj["kind"] == "RoleBinding" else ("ClusterRole",)
     if ref.get("kind") not in kinds:
@@ -474,6 +488,9 @@ def _binding(obj: Obj) -> list[Cause]:
     if not ref.get("name"):
         causes.append(required("roleRef.name"))
     for i, subject in enumerate(obj.get("subjects") or []):
+        if subject.get("kind") not in ("ServiceAccount", "User", "Group"):
+            known = ("ServiceAccount", "User", "Group")
+            causes.append(unsupported(f"subjects[{i}].kind", subject.get("kind", ""), known))
         if not subject.get("name"):
             causes.append(required(f"subjects[{i}].name"))
         if subject.get("kind") == "ServiceAccount" and not subject.get("namespace"):
@@ -485,7 +502,7 @@ def _node(obj: Obj) -> list[Cause]:
     causes = []
     seen = set()
     for i, taint in enumerate((obj.get("spec") or {}).get("taints") or []):
-        at = f"spec.taints[{i}]"
+        at = f"metadata.taints[{i}]"  # so the real server names it
         causes += [invalid(f"{at}.key", taint.get("key", ""), why) for why in qualified_name(taint.get("key", ""))]
         effect = taint.get("effect")
         if not effect:
@@ -508,6 +525,18 @@ def _endpointslice(obj: Obj) -> list[Cause]:
     return causes
 
 
+def _endpoints(obj: Obj) -> list[Cause]:
+    causes = []
+    for i, subset in enumerate(obj.get("subsets") or []):
+        at = f"subsets[{i}]"
+        for key in ("addresses", "notReadyAddresses"):
+            missing_ip = [j for j, address in enumerate(subset.get(key) or []) if not address.get("ip")]
+            causes += [required(f"{at}.{key}[{j}].ip") for j in missing_ip]
+        for j, port in enumerate(subset.get("ports") or []):
+            causes += _between(port.get("port", 0), f"{at}.ports[{j}].port")
+    return causes
+
+
 def _event(obj: Obj) -> list[Cause]:
     about, space = (obj.get("involvedObject") or {}).get("namespace", ""), obj["metadata"].get("namespace", "")
     if about and about != space:
@@ -522,6 +551,7 @@ _KINDS: dict[str, Callable[[Obj], list[Cause]]] = {
     "StatefulSet": _statefulset,
     "DaemonSet": _daemonset,
     "Job": _job,
+    "CronJob": _cronjob,
     "Service": _service,
     "ConfigMap": _keys,
     "Secret": _keys,
@@ -533,6 +563,7 @@ _KINDS: dict[str, Callable[[Obj], list[Cause]]] = {
     "ClusterRoleBinding": _binding,
     "Node": _node,
     "EndpointSlice": _endpointslice,
+    "Endpoints": _endpoints,
     "Event": _event,
 }
 
