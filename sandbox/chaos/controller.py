@@ -111,7 +111,8 @@ async def _served(api: Api, kind: Kind) -> bool:
 
 
 async def run(api: Api) -> None:
-    """Run until cancelled. The definitions must be installed (`install_crds`)."""
+    """Install the definitions of Chaos Mesh's resources and run until cancelled."""
+    await install_crds(api)
     await Controller(api).run()
 
 
@@ -186,7 +187,8 @@ class Controller:
                 if error.not_found and not worker.wake.is_set():
                     del self._workers[worker.key]
                     return
-                log.log(logging.DEBUG if error.conflict else logging.WARNING, "%s: %s", worker.key[2], error)
+                expected = error.conflict or error.not_found  # somebody else's change, or its end, came first
+                log.log(logging.DEBUG if expected else logging.WARNING, "%s: %s", worker.key[2], error)
                 delay = worker.back_off()
             except _LOST as lost:
                 log.warning("%s: %s", worker.key[2], lost)

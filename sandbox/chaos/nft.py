@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import ctypes.util
 import os
 import subprocess
 import threading
 from functools import cache
 
-CLONE_NEWNET = 0x40000000
+from sandbox.node import linux
 
 
 class NftFailed(Exception):
@@ -34,7 +33,7 @@ async def apply(fd: int, script: str) -> None:
     def work() -> None:
         error: Exception | None = None
         try:
-            _enter(own)
+            linux.setns(own, linux.CLONE_NEWNET)
             _run(script)
         except (OSError, NftFailed) as failure:
             error = failure if isinstance(failure, NftFailed) else NftFailed(str(failure))
@@ -44,13 +43,6 @@ async def apply(fd: int, script: str) -> None:
 
     threading.Thread(target=work, name="nft", daemon=True).start()
     await done
-
-
-def _enter(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(fd, CLONE_NEWNET) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"cannot enter the pod's network namespace: {os.strerror(code)}")
 
 
 @cache

@@ -87,10 +87,9 @@ def _elements(entry: Obj) -> dict[int, list[str]]:
             network = ipaddress.ip_network(cidr, strict=False)
         except ValueError:
             raise Unsupported(f"set {entry['name']} holds {cidr!r}, which is no network") from None
-        if network.prefixlen == 0:  # nft has no interval for everything
-            elements.setdefault(network.version, []).extend(f"{half}{port}" for half in network.subnets(prefixlen_diff=1))
-        else:
-            elements.setdefault(network.version, []).append(f"{network}{port}")
+        # nft has no interval for everything, but for its halves
+        parts = [network] if network.prefixlen else list(network.subnets(prefixlen_diff=1))
+        elements.setdefault(network.version, []).extend(f"{part}{port}" for part in parts)
     return elements
 
 
