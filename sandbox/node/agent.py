@@ -166,17 +166,20 @@ class Agent:
         try:
             if _deleted(obj):
                 pod.update(obj)
+            elif lacking := _unsupported(obj["spec"]):
+                await self._reject(obj, "Unsupported", f"the sandbox's nodes have no {lacking}")
+                return
             elif refused := self.gpus.allocate(pod):
-                await self._reject(obj, refused)
+                await self._reject(obj, "UnexpectedAdmissionError", refused)
                 return
             await pod.run()
         finally:
             del self._pods[pod.uid]
             self.recorder.forget(pod.uid)
 
-    async def _reject(self, obj: Obj, why: str) -> None:
-        self.recorder.record(obj, "Warning", "UnexpectedAdmissionError", why)
-        status = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": f"Pod was rejected: {why}"}
+    async def _reject(self, obj: Obj, reason: str, why: str) -> None:
+        self.recorder.record(obj, "Warning", reason, why)
+        status = {"phase": "Failed", "reason": reason, "message": f"Pod was rejected: {why}"}
         meta = obj["metadata"]
         await self._insist(
             lambda: self.api.patch(PODS, meta["name"], {"status": status}, meta["namespace"], sub="status")
@@ -298,6 +301,19 @@ class Agent:
         self._spawn(kernel_log.run(self.place, self.name))
         self._spawn(daemon.run(self.api, self.name, self.netns_of))
         await self.zygote.lost.wait()
+
+
+def _unsupported(spec: Obj) -> str:
+    """What the pod asks for that would otherwise be ignored; "" when nothing."""
+    for name in ("hostNetwork", "hostPID", "hostIPC"):
+        if spec.get(name):
+            return name
+    for container in spec.get("initContainers") or []:
+        if container.get("restartPolicy"):
+            return f"sidecar containers (initContainer {container['name']} has a restartPolicy)"
+    if spec.get("ephemeralContainers"):
+        return "ephemeral containers"
+    return ""
 
 
 def _deleted(obj: Obj) -> bool:

@@ -28,7 +28,7 @@ GPU = "nvidia.com/gpu"
 KILL_ANNOTATION = "sandbox.gameday.dev/kill-containers"  # "<token>:<container,…>", once per token
 _POST_PATIENCE = 1.0  # seconds that a restart waits for an API that does not answer
 _RETRY = 0.5  # seconds between tries to reach the API
-_OWN_FIELDS = ("podIP", "podIPs", "initContainerStatuses")
+_OWN_FIELDS = ("podIP", "podIPs", "initContainerStatuses", "reason", "message")
 
 
 class Pod:
@@ -119,11 +119,25 @@ class Pod:
         if not self.stopping or grace < self.grace:
             self.grace = grace
             self.grace_changed.set()
+        self._stop.set()
+        self._stop_containers()
+
+    def _stop_containers(self) -> None:
         if not self.stopping:
             self.stopping = True
-            self._stop.set()
             for container in (*self._main, *self._init):
                 container.wish("stop")
+
+    async def _keep_deadline(self) -> None:
+        """spec.activeDeadlineSeconds: the pod fails then, and its object stays."""
+        if (seconds := self.spec.get("activeDeadlineSeconds")) is None:
+            return
+        await asyncio.sleep(float(seconds))
+        if not self.stopping:
+            message = "Pod was active on the node longer than the specified deadline"
+            self.event("Normal", "DeadlineExceeded", message)
+            self.view.failure = ("DeadlineExceeded", message)
+            self._stop_containers()
 
     def _kill_asked(self, order: str) -> None:
         token, _, names = order.partition(":")
@@ -139,6 +153,7 @@ class Pod:
     async def run(self) -> None:
         """From admission to removal."""
         poster = asyncio.create_task(self._post_changes())
+        deadline = asyncio.create_task(self._keep_deadline())
         try:
             if await self._set_up():
                 await self._run_containers()
@@ -148,6 +163,7 @@ class Pod:
             await self._remove()
         finally:
             poster.cancel()
+            deadline.cancel()
             self._tear_down()
 
     async def _set_up(self) -> bool:
@@ -193,6 +209,7 @@ class Pod:
                 await self.volumes.prepare()
 
     def _finish(self) -> None:
+        self.stopping = True
         self.view.over = True
         self.view.sandbox = False
         for view in (*self.view.containers, *self.view.init):

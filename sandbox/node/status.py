@@ -90,11 +90,14 @@ class PodView:
     host_ip: str
     sandbox: bool = False  # its network exists
     pod_ip: str | None = None
+    failure: tuple[str, str] | None = None  # reason and message, when the pod as a whole was failed
     over: bool = False  # terminated by a deletion, or finished: no container will start again
 
 
 def phase(view: PodView, restart_policy: str) -> Phase:  # noqa: PLR0911 – a table
     """kubelet's getPhase."""
+    if view.failure:
+        return "Failed"
     if view.over:
         return _terminal(view)
     failed_init = [c for c in view.init if (c.state.get("terminated") or {}).get("exitCode")]
@@ -182,6 +185,8 @@ def report(pod: Obj, view: PodView) -> Obj:
             entry["observedGeneration"] = generation
         written.append(entry)
     status: Obj = {"phase": is_in, "conditions": written, "hostIP": view.host_ip, "hostIPs": [{"ip": view.host_ip}]}
+    if view.failure:
+        status["reason"], status["message"] = view.failure
     if view.pod_ip:
         status |= {"podIP": view.pod_ip, "podIPs": [{"ip": view.pod_ip}]}
     status["startTime"] = view.start_time

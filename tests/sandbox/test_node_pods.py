@@ -342,6 +342,29 @@ def test_jobs_pods_run_once(running: Running) -> None:
     asyncio.run(scenario())
 
 
+def test_a_pod_past_its_deadline_fails_and_stays(running: Running) -> None:
+    async def scenario() -> None:
+        async with living(running, pod("dated", activeDeadlineSeconds=1, restartPolicy="Never")) as life:
+            started = await life.until(lambda s: s.running)
+            failed = await life.until(lambda s: s.status.get("phase") == "Failed" and s.ended)
+            assert failed.at - started.at < 3
+            assert failed.status["reason"] == "DeadlineExceeded"
+            assert failed.condition("Ready")["reason"] == "PodFailed"
+            await life.delete()
+            await life.gone(within=2)
+
+    asyncio.run(scenario())
+
+
+def test_what_a_node_cannot_do_is_refused(running: Running) -> None:
+    async def scenario() -> None:
+        async with living(running, pod("host", hostNetwork=True)) as life:
+            refused = await life.until(lambda s: s.status.get("phase") == "Failed")
+            assert refused.status["message"] == "Pod was rejected: the sandbox's nodes have no hostNetwork"
+
+    asyncio.run(scenario())
+
+
 def test_init_containers_run_first(running: Running) -> None:
     async def scenario() -> None:
         first = {"name": "first", "image": "busybox:1.36", "command": ["sh", "-c", "echo made > /scratch/it"]}
