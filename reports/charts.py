@@ -27,7 +27,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from gameday.model import Judgement, Recovery
+from gameday.model import Recovery
 from gameday.units import show_duration
 from reports import view, words
 from reports.view import Axis, Group, State
@@ -393,8 +393,11 @@ def marks(found: Sequence[view.Mark], on: Axis, shared: Range1d) -> Plot:
     return plot
 
 
-def waterfall(judgement: Judgement, recovery: Recovery, limit: float | None) -> Plot:
-    """From the fault to the recovery: each stage begins where the one before it ended; the last bar is R − F."""
+def waterfall(recovery: Recovery, limit: float | None, *, kept: bool) -> Plot:
+    """From the fault to the recovery: each stage begins where the one before it ended; the last bar is R − F.
+
+    `kept`: the recovery kept to what was allowed.
+    """
     rows = list(reversed(words.steps(recovery.stages)))
     names = ["recovery", *(name for name, _, _ in rows)]
     end = max([e for _, _, e in rows] + [v for v in (recovery.high, recovery.seconds, limit) if v is not None] + [1.0])
@@ -431,7 +434,7 @@ def waterfall(judgement: Judgement, recovery: Recovery, limit: float | None) -> 
         text_font_size="11px",
         name="themed",
     )
-    _total(plot, judgement, recovery)
+    _total(plot, recovery, kept=kept)
     if limit is not None:
         plot.add_layout(_upright(limit, RED, "dashed", width=2))
         plot.add_layout(_caption(limit, len(names) - 0.4, f"RTO {words.plain_duration(limit)}", 0, colour=RED))
@@ -442,7 +445,7 @@ def waterfall(judgement: Judgement, recovery: Recovery, limit: float | None) -> 
     return plot
 
 
-def _total(plot: Plot, judgement: Judgement, recovery: Recovery) -> None:
+def _total(plot: Plot, recovery: Recovery, *, kept: bool) -> None:
     if recovery.seconds is None:
         return
     plot.hbar(
@@ -450,9 +453,9 @@ def _total(plot: Plot, judgement: Judgement, recovery: Recovery) -> None:
         left=[0],
         right=[recovery.seconds],
         height=0.6,
-        fill_color=GREEN if judgement.passed else ORANGE,
+        fill_color=GREEN if kept else ORANGE,
         line_color=GREEN,
-        hatch_pattern=" " if judgement.passed else "/",
+        hatch_pattern=" " if kept else "/",
         hatch_alpha=0.5,
     )
     reach = max(recovery.seconds, recovery.high or 0)

@@ -265,6 +265,7 @@ def _waterfall_figure(judgement: Judgement) -> Figure | None:
     if recovery is None or not (recovery.seconds or any(recovery.stages.values())):
         return None
     limit = _rto(judgement)
+    kept = all(f.status is Verdict.PASS for f in judgement.findings if words.is_recovery(f))
     said = f"Recovery: {words.recovered(recovery)}"
     if limit is not None:
         said += f", allowed {words.plain_duration(limit)}"
@@ -276,7 +277,7 @@ def _waterfall_figure(judgement: Judgement) -> Figure | None:
         "recovery",
         "Recovery, stage by stage",
         f"{said}. {recovery.story}".strip(),
-        charts.waterfall(judgement, recovery, limit),
+        charts.waterfall(recovery, limit, kept=kept),
         ("stage", "from, s", "until, s", "took"),
         rows,
     )
