@@ -183,7 +183,7 @@ def _spawn(number: int, target: str, out: Path) -> _Proc:
     log = out / f"locust.{number}.log"
     command = [sys.executable, "-m", "locust", "-f", str(_ROOT / "loadgen" / "locustfile.py"), "--headless"]
     command += ["--users", "1", "--spawn-rate", "1", "--host", target, "--exit-code-on-error", "0", "--only-summary"]
-    path = os.pathsep.join(p for p in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    search = os.pathsep.join(p for p in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if p)
     with theirs, log.open("wb") as file:
         process = subprocess.Popen(
             command,
@@ -192,7 +192,7 @@ def _spawn(number: int, target: str, out: Path) -> _Proc:
             stderr=subprocess.STDOUT,
             pass_fds=(theirs.fileno(),),
             start_new_session=True,  # Ctrl-C is the harness's to handle: the load goes on until it is told
-            env={**os.environ, "PYTHONPATH": path, "GAMEDAY_LOAD_FD": str(theirs.fileno())},
+            env={**os.environ, "PYTHONPATH": search, "GAMEDAY_LOAD_FD": str(theirs.fileno())},
         )
     _first_on_cpu(process.pid)
     replies = records.Follower(records.replies_path(out, number))

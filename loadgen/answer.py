@@ -1,0 +1,267 @@
+"""An HTTP/1.1 answer, byte by byte: chunks, server-sent events, tokens. No I/O, no clock.
+
+JSON is parsed only where it must be (the end, usage, errors): per token there is a byte scan.
+Chunked coding: RFC 9112 section 7.1. Event stream: the HTML standard, section 9.2.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+MAX_HEAD = 65536
+MAX_DETAIL = 200
+
+
+class BadAnswer(ValueError):
+    """What came is not HTTP, not an event stream or not JSON."""
+
+
+class Http:
+    """One answer. `feed` gives the body's bytes; `complete` says whether the body ended as announced."""
+
+    __slots__ = (
+        "_buf",
+        "_chunked",
+        "_left",
+        "_until_close",
+        "complete",
+        "head_done",
+        "headers",
+        "keep_alive",
+        "status",
+    )
+
+    def __init__(self) -> None:
+        self._buf = b""
+        self._chunked = False
+        self._left = -1  # bytes left of this chunk or of the body; −1: a chunk's size comes next; −2: trailers
+        self._until_close = False
+        self.complete = False
+        self.head_done = False
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self.keep_alive = True
+
+    @property
+    def began(self) -> bool:
+        return self.head_done or bool(self._buf)
+
+    def feed(self, data: bytes) -> bytes:
+        if not self.head_done:
+            data = self._buf + data
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                if len(data) > MAX_HEAD or not b"HTTP/1.".startswith(data[:7]):
+                    raise BadAnswer(f"not an HTTP answer: {show(data)}")
+                self._buf = data
+                return b""
+            self._buf = b""
+            self._head(data[:end])
+            data = data[end + 4 :]
+            if not self.head_done:  # it was a 1xx
+                return self.feed(data) if data else b""
+        if self._until_close:
+            return data
+        if self._chunked:
+            return self._chunks(data)
+        took = data[: self._left]
+        self._left -= len(took)
+        self.complete = self._left == 0
+        return took
+
+    def _head(self, head: bytes) -> None:
+        lines = head.split(b"\r\n")
+        first = lines[0].split(b" ", 2)
+        if len(first) < 2 or not first[0].startswith(b"HTTP/1.") or not first[1].isdigit():
+            raise BadAnswer(f"not an HTTP answer: {show(lines[0])}")
+        status = int(first[1])
+        if 100 <= status < 200:
+            return
+        headers: dict[bytes, bytes] = {}
+        for line in lines[1:]:
+            name, colon, value = line.partition(b":")
+            if not colon:
+                raise BadAnswer(f"not an HTTP header: {show(line)}")
+            headers[name.lower()] = value.strip()
+        self.status, self.headers, self.head_done = status, headers, True
+        connection = headers.get(b"connection", b"").lower()
+        self.keep_alive = b"close" not in connection and (first[0] != b"HTTP/1.0" or b"keep-alive" in connection)
+        if b"chunked" in headers.get(b"transfer-encoding", b"").lower():
+            self._chunked = True
+        elif b"content-length" in headers:
+            length = headers[b"content-length"]
+            if not length.isdigit():
+                raise BadAnswer(f"not a content length: {show(length)}")
+            self._left = int(length)
+            self.complete = self._left == 0
+        else:
+            self._until_close = True
+            self.keep_alive = False
+
+    def close(self) -> bool:
+        """The connection ended. Tells whether that was a proper end of the body."""
+        if self._until_close:
+            self.complete = True
+        return self.complete
+
+    def _chunks(self, data: bytes) -> bytes:
+        if self._buf:
+            data, self._buf = self._buf + data, b""
+        elif self._left == -1:  # the usual case: exactly one whole chunk
+            eol = data.find(b"\r\n")
+            if eol > 0:
+                size = _size(data, 0, eol)
+                if size and len(data) == eol + size + 4:
+                    if data[-2:] != b"\r\n":
+                        raise BadAnswer("a chunk does not end with its line break")
+                    return data[eol + 2 : -2]
+        return self._chunks_slow(data)
+
+    def _chunks_slow(self, data: bytes) -> bytes:
+        out: list[bytes] = []
+        pos, end = 0, len(data)
+        while pos < end:
+            if self._left > 0:
+                took = data[pos : pos + self._left]
+                out.append(took)
+                pos += len(took)
+                self._left -= len(took)
+                continue
+            if self._left == 0:  # the line break after a chunk
+                if end - pos < 2:
+                    break
+                if data[pos : pos + 2] != b"\r\n":
+                    raise BadAnswer("a chunk does not end with its line break")
+                pos += 2
+                self._left = -1
+                continue
+            eol = data.find(b"\r\n", pos)
+            if eol < 0:
+                if end - pos > 4096:
+                    raise BadAnswer("a chunk's size line has no end")
+                break
+            if self._left == -1:
+                size = _size(data, pos, eol)
+                self._left = size or -2
+            elif eol == pos:  # the empty line after the trailers
+                self.complete = True
+                pos = end
+                break
+            pos = eol + 2
+        self._buf = data[pos:]
+        return b"".join(out)
+
+
+def _size(data: bytes, pos: int, eol: int) -> int:
+    try:
+        return int(data[pos:eol].partition(b";")[0], 16)
+    except ValueError:
+        raise BadAnswer(f"not a chunk size: {show(data[pos:eol])}") from None
+
+
+def show(data: bytes) -> str:
+    """The start of bytes, for an error message."""
+    return data[:MAX_DETAIL].decode("utf-8", "replace")
+
+
+_CONTENT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|arguments)": ?"(?!")')
+_FINISH = re.compile(rb'"finish_reason": ?"')
+_USAGE = re.compile(rb'"usage": ?\{')
+_ERROR = re.compile(rb'"error": ?[{"]')
+
+
+class Stream:
+    """A completion as server-sent events. `feed` gives how many content tokens the bytes brought."""
+
+    __slots__ = ("_carry", "completion_tokens", "done", "error", "finish_reason", "heard", "prompt_tokens")
+
+    def __init__(self) -> None:
+        self._carry = b""
+        self.done = False
+        self.heard = False  # some event came since the caller last looked
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.prompt_tokens: int | None = None
+        self.completion_tokens: int | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether an event has begun and not ended."""
+        return bool(self._carry.strip())
+
+    def feed(self, data: bytes) -> int:
+        if self._carry:
+            data = self._carry + data
+            self._carry = b""
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n")
+        if data[-2:] != b"\n\n":
+            cut = data.rfind(b"\n\n")
+            if cut < 0:
+                self._carry = data
+                return 0
+            self._carry = data[cut + 2 :]
+            data = data[: cut + 2]
+        tokens = 0
+        for event in data[:-2].split(b"\n\n"):
+            tokens += self._event(event)
+        return tokens
+
+    def _event(self, event: bytes) -> int:
+        if event[:6] == b"data: " and b"\n" not in event:
+            payload = event[6:]
+        else:
+            lines = [line[5:].lstrip(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
+            if not lines:
+                if event and not event.startswith((b":", b"event:", b"id:", b"retry:", b"\n")):
+                    raise BadAnswer(f"not a server-sent event: {show(event)}")
+                return 0
+            payload = b"\n".join(lines)
+        self.heard = True
+        if payload == b"[DONE]":
+            self.done = True
+            return 0
+        if payload[:1] != b"{":
+            raise BadAnswer(f"not a JSON event: {show(payload)}")
+        if _FINISH.search(payload) or _USAGE.search(payload) or _ERROR.search(payload):
+            self._look(payload)
+        return 1 if _CONTENT.search(payload) else 0
+
+    def _look(self, payload: bytes) -> None:
+        data = parse(payload)
+        error = data.get("error")
+        if error:
+            self.error = (str(error.get("message", error)) if isinstance(error, dict) else str(error))[:MAX_DETAIL]
+        self.finish_reason = finish_of(data) or self.finish_reason
+        prompt, completion = usage_of(data)
+        self.prompt_tokens = self.prompt_tokens if prompt is None else prompt
+        self.completion_tokens = self.completion_tokens if completion is None else completion
+
+
+def parse(payload: bytes) -> dict[str, object]:
+    try:
+        data = json.loads(payload)
+    except ValueError as e:
+        raise BadAnswer(f"not JSON ({e}): {show(payload)}") from None
+    if not isinstance(data, dict):
+        raise BadAnswer(f"not a JSON object: {show(payload)}")
+    return data
+
+
+def finish_of(data: dict[str, object]) -> str | None:
+    choices = data.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        reason = choices[0].get("finish_reason")
+        return reason if isinstance(reason, str) else None
+    return None
+
+
+def usage_of(data: dict[str, object]) -> tuple[int | None, int | None]:
+    """(prompt tokens, completion tokens), as far as they are there."""
+    usage = data.get("usage")
+    if not isinstance(usage, dict):
+        return None, None
+    counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    prompt, completion = (c if isinstance(c, int) else None for c in counts)
+    return prompt, completion

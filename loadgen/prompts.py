@@ -1,0 +1,91 @@
+"""Request bodies: synthetic prompts of a given length, fixed by the plan, cheap to make.
+
+A word is about a token. Unless requests share a prefix group or a session, every prompt begins
+differently, so that no prefix cache answers for the engine.
+"""
+
+from __future__ import annotations
+
+import json
+
+from loadgen.plan import Plan
+from loadgen.target import Target
+
+_TEXT = (
+    "the service keeps its promise when one zone is lost and the others carry on as if nothing had happened while "
+    "people wait for an answer that must arrive in time because every second of silence costs trust which is slow "
+    "to earn and quick to lose so we test what we hope and measure what we claim before the night decides for us "
+)
+_WORDS = _TEXT.split()
+
+
+class Filler:
+    """`words(n)` is n words; slices of one string, grown on demand."""
+
+    def __init__(self) -> None:
+        self._ends = [0]
+        self._text = ""
+
+    def words(self, count: int) -> str:
+        while len(self._ends) <= count:
+            at = len(self._text)
+            for word in _WORDS:
+                at += len(word) + 1
+                self._ends.append(at)
+            self._text += _TEXT
+        return self._text[: self._ends[count]]
+
+
+class Bodies:
+    """Makes the body of request `seq` of a plan."""
+
+    def __init__(self, plan: Plan, target: Target) -> None:
+        self._plan = plan
+        self._filler = Filler()
+        self._starts: list[bytes] = []
+        self._ends: list[bytes] = []
+        for cls in plan.classes:
+            tail: dict[str, object] = {"temperature": 0, "stream": cls.stream}
+            if cls.stream and plan.traffic.usage:
+                tail["stream_options"] = {"include_usage": True}
+            tail |= json.loads(cls.extra) if cls.extra else {}
+            content = '"prompt":' if cls.api == "completions" else '"messages":'
+            self._starts.append(f'{{"model":{json.dumps(target.model)},{content}'.encode())
+            self._ends.append(b"," + json.dumps(tail, separators=(",", ":"))[1:].encode())
+        self._turns: dict[int, list[int]] = {}
+        for seq, session in enumerate(plan.session):
+            if session >= 0:
+                self._turns.setdefault(session, []).append(seq)
+
+    def of(self, seq: int) -> bytes:
+        plan = self._plan
+        cls = plan.cls[seq]
+        if plan.classes[cls].api == "completions":
+            said = f'"{self._prompt(seq)}"'
+        elif plan.turn[seq] == 0:
+            said = f'[{{"role":"user","content":"{self._prompt(seq)}"}}]'
+        else:
+            said = self._talk(seq)
+        limit = f',"max_tokens":{plan.output[seq]}'
+        return self._starts[cls] + said.encode() + limit.encode() + self._ends[cls]
+
+    def _prompt(self, seq: int) -> str:
+        plan = self._plan
+        count = plan.prompt[seq]
+        group = plan.group[seq]
+        if group < 0 or plan.turn[seq] > 0:
+            return f"{plan.seed}-{seq} {self._filler.words(max(0, count - 1))}"
+        shared = min(count - 1, plan.classes[plan.cls[seq]].prefix_tokens)
+        own = max(0, count - shared - 1)
+        return f"group {group} {self._filler.words(max(0, shared - 2))}{plan.seed}-{seq} {self._filler.words(own)}"
+
+    def _talk(self, seq: int) -> str:
+        """The session so far; the answers of earlier turns are the plan's, not the server's, so that it is fixed."""
+        plan = self._plan
+        parts: list[str] = []
+        for earlier in self._turns[plan.session[seq]]:
+            parts.append(f'{{"role":"user","content":"{self._prompt(earlier)}"}}')
+            if earlier == seq:
+                break
+            parts.append(f'{{"role":"assistant","content":"{self._filler.words(plan.output[earlier])}"}}')
+        return f"[{','.join(parts)}]"
