@@ -155,10 +155,8 @@ def _worker_trouble(worker: int, ends: list[LoadEnd], recorded: Counter[str]) ->
 def _enough(timeline: Timeline, objectives: Objectives) -> Finding:
     title = "enough load"
     judged = dict.fromkeys(phase for phase, _ in objectives.items())
-    good = {
-        p: sum(1 for r in timeline.replies if r.counted and (w := window(timeline, p)) and r.t_intended in w)
-        for p in judged
-    }
+    spans = {p: window(timeline, p) for p in judged}
+    good = {p: sum(1 for r in timeline.replies if w and r.counted and r.t_intended in w) for p, w in spans.items()}
     few = [f"{p.value}: {n} requests" for p, n in good.items() if n < FEWEST_REQUESTS]
     shed = _shed_share(timeline)
     if few or shed > SHED_SHARE:

@@ -317,7 +317,11 @@ def _onset(
 
 def measure(timeline: Timeline, asked: Asked) -> Recovery:
     """Recovery time R − F of the slowest outage, its interval and its stages; `seconds` None: never back."""
-    found = examine(timeline, asked)
+    return summary(timeline, examine(timeline, asked))
+
+
+def summary(timeline: Timeline, found: Measured) -> Recovery:
+    """What `measure` says of outages that were examined already."""
     if found.fault is None or found.point is None:
         return Recovery(None, None, None, story="the fault was not seen to act")
     fault = found.fault

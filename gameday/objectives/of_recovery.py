@@ -62,7 +62,7 @@ class Recovers(Objective):
 
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
         found = recovery.examine(timeline, self)
-        measured = recovery.measure(timeline, self)
+        measured = recovery.summary(timeline, found)
         status, why = self._status(found)
         evidence = "; ".join(p for p in (why, measured.story) if p)
         n = len(found.series.t)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gameday.errors import ExperimentError
-from gameday.objectives import Promql, objective_from_json
+from gameday.objectives import Alerts, Promql, objective_from_json
 from probes.profiles import ENVOY, ISTIO, PROFILES, SGLANG, TENSORFLOW_SERVING, TGI, TRITON, VLLM, Metric, Profile
 
 PROMTOOL = shutil.which("promtool")
@@ -58,6 +58,7 @@ def promtool(tmp_path: Path, groups: dict[str, object], *command: str) -> subpro
 
 def test_prometheus_accepts_every_query(tmp_path: Path) -> None:
     queries = [q for m in metrics() for _, q in m.at_most(1.0).queries()]
+    queries.append(Alerts("ServiceDown", within=60.0, labels='severity="page"').query)
     rules = [{"record": f"q:{i}", "expr": q} for i, q in enumerate(queries)]
     done = promtool(tmp_path, {"groups": [{"name": "all", "rules": rules}]}, "check", "rules")
     assert done.returncode == 0, done.stderr
@@ -144,6 +145,15 @@ def test_the_age_of_stale_series_shows(tmp_path: Path) -> None:
     answers(tmp_path, metric, {}, None, age)
 
 
+def test_an_alert_that_is_not_active_is_zero_and_not_missing(tmp_path: Path) -> None:
+    query = Alerts("ServiceDown", within=60.0).query
+    firing = {'ALERTS{alertname="ServiceDown",alertstate="firing",pod="a"}': "1x12"}
+    pending = {'ALERTS{alertname="ServiceDown",alertstate="pending"}': "1x12"}
+    answers(tmp_path, VLLM.waiting(), firing, 1, query)
+    answers(tmp_path, VLLM.waiting(), pending, 0, query)
+    answers(tmp_path, VLLM.waiting(), {}, 0, query)
+
+
 def test_a_limit_between_edges_is_refused() -> None:
     with pytest.raises(ExperimentError, match=r"no bucket edge at 600 ms .* take 500 ms or 750 ms"):
         VLLM.first_token_within(0.6)
@@ -153,9 +163,9 @@ def test_a_limit_between_edges_is_refused() -> None:
     ("ask", "sentence"),
     [
         (lambda: TGI.first_token_within(0.5), "TGI has no latency 'first token'; it has end to end, inter-token"),
-        (lambda: SGLANG.success(), "SGLang does not count good requests"),
-        (lambda: TRITON.tokens_per_second(), "Triton does not count tokens"),
-        (lambda: ENVOY.cache_usage(), "Envoy does not show cache usage"),
+        (SGLANG.success, "SGLang does not count good requests"),
+        (TRITON.tokens_per_second, "Triton does not count tokens"),
+        (ENVOY.cache_usage, "Envoy does not show cache usage"),
         (lambda: VLLM.quantile("first token", 1.5), "a quantile lies between 0 and 1"),
         (lambda: VLLM.first_token_within(0.5, window="1 minute"), "a window is a duration"),
     ],
