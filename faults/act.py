@@ -16,6 +16,7 @@ from gameday.cluster import Cluster, Obj
 from gameday.errors import GamedayError
 from gameday.kinds import JOBS, NODES
 
+SELECTS_WITHIN = 2.0  # seconds for a controller to choose its targets; "nothing selected" is final after that
 POLL = 0.05  # seconds between looks at a chaos resource's records
 
 
@@ -51,12 +52,15 @@ def injected(obj: Obj, expected: int) -> bool:
     Raises `NotInjected` where it cannot come any more.
     """
     found = records(obj)
-    if condition(obj, "Selected") == "False":
-        raise NotInjected("the selector selected nothing (Selected=False), which Chaos Mesh never retries")
     if found and len(found) != expected:
         raise NotInjected(f"{len(found)} targets were selected, not {expected}: the cluster changed under the plan")
     running = obj.get("status", {}).get("experiment", {}).get("desiredPhase") == "Run"
     return running and bool(found) and all(one.phase == "Injected" for one in found)
+
+
+def selected_nothing(obj: Obj) -> bool:
+    """No record, and `Selected=False`. It may also be read in the first moments, before the targets were chosen."""
+    return not records(obj) and condition(obj, "Selected") == "False"
 
 
 def perform(cluster: Cluster, act: Act, stop: threading.Event) -> str:
@@ -76,10 +80,13 @@ def _apply(cluster: Cluster, act: Apply, stop: threading.Event) -> str:
     name, namespace = act.manifest["metadata"]["name"], act.manifest["metadata"]["namespace"]
     cluster.create(act.kind, act.manifest)
     last: Obj = {}
+    begun = clock.now()
 
     def ready() -> bool:
         nonlocal last
         last = cluster.get(act.kind, name, namespace)
+        if selected_nothing(last) and clock.now() - begun > SELECTS_WITHIN:
+            raise NotInjected("the selector selected nothing (Selected=False), which Chaos Mesh never retries")
         return injected(last, act.records)
 
     try:

@@ -12,7 +12,7 @@ import yaml
 
 import faults
 from faults import PodKill, Xid, Zone, ZoneOutage, ZonePartition
-from faults.act import NotInjected, injected, manifests
+from faults.act import NotInjected, injected, manifests, selected_nothing
 from faults.base import Apply, Cordon, Cut, Dead, Detected, Fault, Job, View
 from gameday.cluster import Node, Pod
 from gameday.errors import ExperimentError, TargetError
@@ -165,7 +165,9 @@ def test_xid_79_signals_first_and_takes_the_gpus_out_of_allocatable() -> None:
     spec = signal.manifest["spec"]["template"]["spec"]
     assert spec["nodeSelector"] == {"kubernetes.io/hostname": node}
     line = spec["containers"][0]["env"][0]["value"]
-    assert line == "kernel: NVRM: Xid (PCI:0000:05:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
+    assert (
+        line == "kernel: NVRM: Xid (PCI:0000:05:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
+    )
     assert not plan.facts.one_shot
 
 
@@ -248,6 +250,8 @@ def test_injected_needs_every_record_and_the_expected_count() -> None:
         injected(chaos(["Injected"]), 2)
 
 
-def test_a_selector_that_selected_nothing_is_terminal() -> None:
-    with pytest.raises(NotInjected, match="selected nothing"):
-        injected(chaos([], selected="False"), 1)
+def test_a_selector_that_selected_nothing_is_told_from_one_that_has_not_looked_yet() -> None:
+    assert selected_nothing(chaos([], selected="False"))
+    assert not selected_nothing(chaos([], selected="True"))
+    assert not selected_nothing(chaos(["Not Injected"], selected="False")), "conditions lag the records"
+    assert not injected(chaos([], selected="False"), 1)
