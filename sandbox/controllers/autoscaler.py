@@ -55,6 +55,7 @@ def missing(metrics: Sequence[Obj]) -> tuple[str, str]:
 
 class Autoscalers(Controller):
     name = "horizontal-pod-autoscaler"
+    source = "horizontal-pod-autoscaler"
 
     def __init__(self, shared: Shared, clocks: Clocks) -> None:
         self._period = _SYNC * clocks.lease_renew / REAL.lease_renew

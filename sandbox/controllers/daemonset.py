@@ -6,6 +6,7 @@ tolerate what ails nodes; the scheduler binds them.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -40,6 +41,7 @@ from sandbox.controllers.work import Controller, each, namespace_ends
 _GENERATION = "pod-template-generation"
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 _NODE = "node.kubernetes.io"
+_PAUSE, _PAUSE_MAX = 1.0, 900.0  # seconds between replacements of a daemon that fails again and again
 
 
 def tolerations(spec: Obj) -> list[Obj]:
@@ -101,6 +103,7 @@ class DaemonSets(Controller):
     name = "daemonset"
 
     def setup(self) -> None:
+        self._pauses: dict[tuple[str, str], tuple[int, float]] = {}  # (owner, node) → failures, next replacement
         self.sets = self.watch_own(DAEMONSETS)
         self.pods = self.watch_owned(PODS, DAEMONSETS)
         self.nodes = self.shared.caches.of(NODES)
@@ -136,16 +139,16 @@ class DaemonSets(Controller):
         for node in self.nodes.objects.values():
             start, stay = admits(owner, node)
             here = pods.pop(name(node), [])
-            for pod in [pod for pod in here if finished(pod) and not deleting(pod)]:
-                text = f"Found failed daemon pod {namespace(pod)}/{name(pod)} on node {name(node)}, will try to kill it"
-                if phase(pod) == "Failed":
-                    self.record(owner, DAEMONSETS, "Warning", "FailedDaemonPod", text)
-                surplus.append(pod)
+            ended = [pod for pod in here if finished(pod) and not deleting(pod)]
+            if ended and self._may_replace(owner, node):
+                for pod in ended:
+                    self._failure_event(owner, pod, node)
+                surplus += ended
             alive = [pod for pod in here if not finished(pod)]
             running = [pod for pod in alive if not deleting(pod)]
             if not stay:
                 surplus += running
-            elif start and not alive and not deleting(node):
+            elif start and not alive and not deleting(node) and set(map(uid, ended)) <= set(map(uid, surplus)):
                 missing.append(name(node))
             else:
                 surplus += sorted(running, key=lambda pod: (not node_of(pod), created(pod)))[1:]
@@ -153,6 +156,24 @@ class DaemonSets(Controller):
             surplus += [pod for pod in left if not node_of(pod) and not deleting(pod) and self.nodes.get(title) is None]
         await each([self._create(owner, node, revision) for node in missing])
         await each([self._delete(owner, pod) for pod in surplus])
+
+    def _may_replace(self, owner: Obj, node: Obj) -> bool:
+        """Pods that end at once are replaced ever more slowly."""
+        at = asyncio.get_running_loop().time()
+        where = uid(owner), name(node)
+        count, until = self._pauses.get(where, (0, 0.0))
+        if at < until:
+            self.queue.add_after(key(owner), until - at)
+            return False
+        count = count + 1 if at < until + _PAUSE_MAX else 1
+        self._pauses[where] = count, at + min(_PAUSE * 2.0 ** (count - 1), _PAUSE_MAX)
+        return True
+
+    def _failure_event(self, owner: Obj, pod: Obj, node: Obj) -> None:
+        what, reason = ("failed", "FailedDaemonPod") if phase(pod) == "Failed" else ("succeeded", "SucceededDaemonPod")
+        text = f"Found {what} daemon pod {namespace(pod)}/{name(pod)} on node {name(node)}, will try to "
+        text += "kill it" if what == "failed" else "delete it"
+        self.record(owner, DAEMONSETS, "Warning" if what == "failed" else "Normal", reason, text)
 
     async def _create(self, owner: Obj, node: str, revision: str) -> None:
         pod = pod_from(owner["spec"]["template"], owner, DAEMONSETS)

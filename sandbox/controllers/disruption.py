@@ -64,6 +64,7 @@ def budget(spec: Obj, pods: Sequence[Obj], disrupted: set[str], scale: Callable[
 
 class DisruptionBudgets(Controller):
     name = "disruption"
+    source = "controllermanager"
 
     def setup(self) -> None:
         self.budgets = self.watch_own(PDBS)

@@ -183,8 +183,10 @@ class EndpointSlices(_OfServices):
             self.queue.add((namespace(found), service))
 
     def _node_changed(self, type: EventType, node: Obj, old: Obj | None) -> None:
-        """Only a node that comes, goes or changes its zone matters."""
-        if type == "MODIFIED" and old is not None and labels(old).get(ZONE) == labels(node).get(ZONE):
+        """Pods wait for their node to be known. One that goes is no reason to look again, as in the real
+        controller: its endpoints stay until the pods change or are collected.
+        """
+        if type != "ADDED":
             return
         for pod in self.pods.by("node", name(node)):
             for at in _selected(self.services, pod):
@@ -202,7 +204,8 @@ class EndpointSlices(_OfServices):
             if at is None or not at["spec"].get("selector"):
                 await each([self.shared.delete(ENDPOINTSLICES, s) for s in held])
             return
-        pods = [pod for pod in self.selected(service) if self.nodes.get(node_of(pod)) is not None]
+        everyone = bool(service["spec"].get("publishNotReadyAddresses"))
+        pods = [pod for pod in self.selected(service) if everyone or self.nodes.get(node_of(pod)) is not None]
         await self._write(service, sorted(held, key=lambda s: (created(s), name(s))), pods)
 
     async def _write(self, service: Obj, held: list[Obj], pods: list[Obj]) -> None:

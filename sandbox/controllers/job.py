@@ -137,6 +137,7 @@ class Jobs(Controller):
         if job is None or deleting(job):
             return
         if over(job):
+            self._failures.pop(uid(job), None)
             await self._release(self._pods(job))
             await self._expire(key, job)
             return

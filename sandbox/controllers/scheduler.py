@@ -21,7 +21,6 @@ from sandbox.client import (
 from sandbox.controllers.objects import (
     condition,
     controller,
-    created,
     deleting,
     finished,
     generation,
@@ -60,6 +59,12 @@ def _concerns(node: Obj) -> tuple[object, ...]:
     return spec.get("taints") or [], spec.get("unschedulable"), labels(node), status.get("allocatable")
 
 
+def _minds_others(pod: Obj) -> bool:
+    spec = pod["spec"]
+    affinity = spec.get("affinity") or {}
+    return bool(spec.get("topologySpreadConstraints") or affinity.get("podAffinity") or affinity.get("podAntiAffinity"))
+
+
 class Scheduler(Controller):
     name = "scheduler"
     workers = 0  # pods are taken one after another, in an order of their own
@@ -69,7 +74,7 @@ class Scheduler(Controller):
         self.nodes, self.pods = caches.of(NODES), caches.of(PODS)
         self.services, self.sets = caches.of(SERVICES), caches.of(REPLICASETS)
         self.statefuls, self.budgets = caches.of(STATEFULSETS), caches.of(PDBS)
-        self._pending: dict[Key, Obj] = {}  # to be tried now
+        self._pending: dict[Key, Obj] = {}  # to be tried now, in the order they came
         self._refused: dict[Key, Obj] = {}  # waiting for the cluster to change
         self._assumed: dict[str, str] = {}  # uid of a pod being bound → its node
         self._failures: dict[str, int] = {}
@@ -88,7 +93,7 @@ class Scheduler(Controller):
             self._refused.pop(at, None)
             self._pending[at] = pod
             self._wake.set()
-            return
+            return  # a pod already pending keeps its turn
         self._pending.pop(at, None)
         self._refused.pop(at, None)
         self._assumed.pop(uid(pod), None)
@@ -97,17 +102,18 @@ class Scheduler(Controller):
         freed = type == "DELETED" or finished(pod)
         moved = old is not None and (not node_of(old) or labels(old) != labels(pod) or deleting(old) != deleting(pod))
         if node_of(pod) and (freed or moved or old is None):
-            self._retry()
+            self._retry(others_only=not freed)
 
     def _node_changed(self, type: EventType, node: Obj, old: Obj | None) -> None:
         if old is None or type == "DELETED" or _concerns(node) != _concerns(old):
             self._retry()
 
-    def _retry(self) -> None:
-        if self._refused:
-            self._pending.update(self._refused)
-            self._refused.clear()
-            self._wake.set()
+    def _retry(self, *, others_only: bool = False) -> None:
+        """Try refused pods again; `others_only`: those for which it matters where other pods are."""
+        for at, pod in list(self._refused.items()):
+            if not others_only or _minds_others(pod):
+                self._pending[at] = self._refused.pop(at)
+                self._wake.set()
 
     async def background(self, group: asyncio.TaskGroup) -> None:
         group.create_task(self._loop(group), name=self.name)
@@ -121,7 +127,7 @@ class Scheduler(Controller):
                 except TimeoutError:
                     self._retry()
                 continue
-            at = min(self._pending, key=self._turn)
+            at = max(self._pending, key=self._importance)  # of equals the first
             pod = self._pending.pop(at)
             try:
                 await self._schedule(pod, group)
@@ -129,9 +135,8 @@ class Scheduler(Controller):
                 log.exception("the scheduler cannot handle %s/%s", *at)
             await asyncio.sleep(0)
 
-    def _turn(self, at: Key) -> tuple[int, str, Key]:
-        pod = self._pending[at]
-        return -priority(pod), created(pod), at
+    def _importance(self, at: Key) -> int:
+        return priority(self._pending[at])
 
     def _states(self) -> list[NodeState]:
         states = {name(node): state_of(node, ()) for node in self.nodes.objects.values() if not deleting(node)}

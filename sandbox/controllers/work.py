@@ -39,7 +39,7 @@ Indexer = Callable[[Obj], Iterable[str]]
 TRANSPORT = (aiohttp.ClientError, OSError, TimeoutError)
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
-_TOMBSTONES = 4096  # uids remembered as gone: far more than can be in flight on a watch
+_REMEMBERED = 4096  # of what is gone or was said: far more than can be in flight on a watch
 
 
 class Cache(Informer):
@@ -121,7 +121,7 @@ class Cache(Informer):
     def _bury(self, identity: str) -> None:
         self._gone[identity] = None
         self._doomed.discard(identity)
-        if len(self._gone) > _TOMBSTONES:
+        if len(self._gone) > _REMEMBERED:
             self._gone.popitem(last=False)
 
     def _drop(self, at: Key, obj: Obj) -> None:
@@ -280,6 +280,7 @@ class Controller:
     """A named queue and a reconcile function."""
 
     name = "controller"
+    source = ""  # how it signs events; default: NAME-controller
     workers = 2
 
     def __init__(self, shared: Shared) -> None:
@@ -326,7 +327,7 @@ class Controller:
                 self.queue.done(key, ok=ok)
 
     def record(self, obj: Obj, kind: Kind, type: str, reason: str, message: str) -> None:
-        self.shared.recorder.record(obj, kind, type, reason, message, source=f"{self.name}-controller")
+        self.shared.recorder.record(obj, kind, type, reason, message, source=self.source or f"{self.name}-controller")
 
     def watch_owned(self, owned: Kind, owner: Kind) -> Cache:
         """Enqueue the controlling `owner` of every `owned` object that changes."""
@@ -414,7 +415,7 @@ class Recorder:
         tokens, last = self._tokens.pop(bucket, (float(_BURST), at))
         tokens = min(_BURST, tokens + (at - last) / _REFILL)
         self._tokens[bucket] = (tokens - 1 if tokens >= 1 else tokens, at)
-        if len(self._tokens) > _TOMBSTONES:
+        if len(self._tokens) > _REMEMBERED:
             self._tokens.popitem(last=False)
         return tokens >= 1
 
@@ -442,7 +443,7 @@ class Recorder:
                 return
         await self._api.create(EVENTS, event, space)
         self._seen[alike] = (event["metadata"]["name"], 1)
-        if len(self._seen) > _TOMBSTONES:
+        if len(self._seen) > _REMEMBERED:
             self._seen.popitem(last=False)
 
 

@@ -138,6 +138,10 @@ class World:
     async def names(self) -> set[str]:
         return {p["metadata"]["name"] for p in (await self.api.list(PODS, self.space))[0]}
 
+    async def bound(self) -> set[str]:
+        found, _ = await self.api.list(PODS, self.space)
+        return {p["metadata"]["name"] for p in found if p["spec"].get("nodeName")}
+
     async def terminating(self) -> set[str]:
         found, _ = await self.api.list(PODS, self.space)
         return {p["metadata"]["name"] for p in found if "deletionTimestamp" in p["metadata"]}
@@ -313,6 +317,12 @@ def test_daemons_run_on_every_node_and_roll(control_plane: tuple[str, str, str])
                 lambda p: sum("deletionTimestamp" in x["metadata"] for x in p) == 1,
                 "one pod replaced at a time",
             )
+            (going,) = await until(w.terminating, lambda names: len(names) == 1, "one terminating")
+            await w.api.delete(PODS, going, w.space, grace=0)
+            await until(w.renewed, lambda names: len(names) == 1, "its successor")
+            failing = next(iter(await w.renewed()))
+            await w.ready(await w.api.get(PODS, failing, w.space), phase="Failed")
+            await until(w.names, lambda names: failing not in names and len(names) == 2, "the failed one replaced")
             (third,) = await w.add_nodes("c")
             await until(
                 lambda: w.pods("d"), lambda p: third in [x["spec"].get("nodeName") for x in p], "on the new node"
@@ -327,7 +337,7 @@ def test_statefulset_rolls_from_the_highest(control_plane: tuple[str, str, str])
             await w.add_nodes("a")
             await w.make(STATEFULSETS, "db", replicas=2, serviceName="db", **w.workload("db"))
             for name in ("db-0", "db-1"):
-                await until(w.names, partial(contains, name), f"{name} there")
+                await until(w.bound, partial(contains, name), f"{name} bound")
                 await w.ready(await w.api.get(PODS, name, w.space))
             patch = {"spec": {"template": {"spec": {"containers": [{"name": "c", "image": "y"}]}}}}
             await w.api.patch(STATEFULSETS, "db", patch, w.space, type="strategic")
@@ -335,6 +345,7 @@ def test_statefulset_rolls_from_the_highest(control_plane: tuple[str, str, str])
                 await until(w.terminating, partial(contains, name), f"{name} going")
                 await w.api.delete(PODS, name, w.space, grace=0)
                 await until(w.renewed, partial(contains, name), f"{name} new")
+                await until(w.bound, partial(contains, name), f"{name} bound again")
                 await w.ready(await w.api.get(PODS, name, w.space))
             done = await until(
                 lambda: w.api.get(STATEFULSETS, "db", w.space),
