@@ -27,7 +27,7 @@ from gameday.model import (
     Verdict,
 )
 from gameday.objectives import Objectives, Recovers
-from gameday.windows import first, marks, of, requests, window
+from gameday.windows import counted, first, marks, of, requests, window
 
 PASS, FAIL, INCONCLUSIVE, ERROR = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.ERROR
 
@@ -156,7 +156,7 @@ def _enough(timeline: Timeline, objectives: Objectives) -> Finding:
     title = "enough load"
     judged = dict.fromkeys(phase for phase, _ in objectives.items())
     spans = {p: window(timeline, p) for p in judged}
-    good = {p: sum(1 for r in timeline.replies if w and r.counted and r.t_intended in w) for p, w in spans.items()}
+    good = {p: sum(1 for r in timeline.replies if w and counted(r) and r.t_intended in w) for p, w in spans.items()}
     few = [f"{p.value}: {n} requests" for p, n in good.items() if n < FEWEST_REQUESTS]
     shed = _shed_share(timeline)
     if few or shed > SHED_SHARE:

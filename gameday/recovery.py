@@ -28,7 +28,7 @@ from typing import Literal, Protocol
 
 from gameday.model import EndpointMark, Phase, PodMark, Recovery, Reply, Step, Timeline
 from gameday.units import show_duration
-from gameday.windows import Window, fault_low, first, marks, of, window
+from gameday.windows import Window, counted, fault_low, first, marks, of, window
 
 CHANCE = 0.005  # of a run of m good requests while the outage still lasts
 SMALLEST_SHARE = 0.1
@@ -157,7 +157,7 @@ def fault_instant(timeline: Timeline) -> Window | None:
         return None
     proofs = [m.t for m in marks(timeline, Step.EFFECT) if m.ok and m.t >= low]
     targets = frozenset(p.rsplit("/", 1)[-1] for p in timeline.fault.pods)
-    bad = [r.t_end for r in timeline.replies if r.counted and not r.ok and r.t_end >= low and _pod(r) in targets]
+    bad = [r.t_end for r in timeline.replies if counted(r) and not r.ok and r.t_end >= low and _pod(r) in targets]
     found = proofs + bad
     return Window(low, min(found)) if found else None
 
@@ -172,7 +172,7 @@ def examine(timeline: Timeline, asked: Asked) -> Measured:
     low = fault_low(timeline)
     spans = [w for p in (Phase.DURING, Phase.AFTER) if (w := window(timeline, p))]
     end = max((w.end for w in spans), default=low if low is not None else 0.0)
-    chosen = [] if low is None else [r for r in timeline.replies if r.counted and low <= r.t_intended < end]
+    chosen = [] if low is None else [r for r in timeline.replies if counted(r) and low <= r.t_intended < end]
     series = Series.of(sorted(chosen, key=lambda r: (r.t_intended, r.seq)), asked, low or 0.0, end)
     if fault is None or low is None:
         return Measured(None, None, series, (), math.inf)
@@ -188,7 +188,7 @@ def _fault_point(timeline: Timeline, fault: Window, asked: Asked) -> float:
     signs = [
         r.t_end if r.t_intended < fault.start else r.t_intended
         for r in timeline.replies
-        if r.counted and r.t_end >= fault.start and not asked.good(r)
+        if counted(r) and r.t_end >= fault.start and not asked.good(r)
     ]
     before_proof = [t for t in signs if fault.start <= t <= fault.end]
     return min(before_proof, default=(fault.start + fault.end) / 2)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from gameday.model import FaultMark, Phase, PhaseMark, Reply, Step, Timeline
+from gameday.model import FaultMark, Outcome, Phase, PhaseMark, Reply, Step, Timeline
 
 T = TypeVar("T")
 
@@ -75,11 +75,26 @@ def requests(timeline: Timeline, phase: Phase, cls: str | None = None, zone: str
     if span is None:
         return []
     harm = fault_low(timeline)
-    chosen = (r for r in timeline.replies if r.counted and _belongs(r, phase, span, harm))
+    chosen = (r for r in timeline.replies if counted(r) and _belongs(r, phase, span, harm))
     return sorted(
         (r for r in chosen if (cls is None or r.cls == cls) and (zone is None or _in_zone(r, zone))),
         key=lambda r: (r.t_intended, r.seq),
     )
+
+
+HANGING = 3.0  # seconds without a sign of life after which a request that we cut off is a failed one
+
+
+def counted(reply: Reply) -> bool:
+    """Whether it says anything about the service.
+
+    One that we cut off at the end does not, unless it had been hanging: else a service that hangs when the load
+    stops would take its failures with it.
+    """
+    if reply.outcome is Outcome.CENSORED and reply.t_start is not None:
+        heard = reply.t_last_progress or reply.t_first or reply.t_intended
+        return reply.t_end - heard >= HANGING
+    return reply.counted
 
 
 def _belongs(reply: Reply, phase: Phase, span: Window, harm: float | None) -> bool:

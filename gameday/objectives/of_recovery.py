@@ -21,7 +21,7 @@ from gameday.objectives.base import (
     where,
 )
 from gameday.units import Seconds, show_duration
-from gameday.windows import fault_low, window
+from gameday.windows import counted, fault_low, window
 
 
 @objective
@@ -131,7 +131,7 @@ class StaysUp(Objective):
         good, total = [0] * count, [0] * count
         for r in timeline.replies:
             at = math.floor((r.t_intended - start) / BIN)
-            if r.counted and 0 <= at < count:
+            if counted(r) and 0 <= at < count:
                 total[at] += 1
                 good[at] += r.ok
         longest, at = _longest([g < self.up_from * n or n == 0 for g, n in zip(good, total, strict=True)])

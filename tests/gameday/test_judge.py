@@ -272,6 +272,22 @@ def test_missing_metrics_are_inconclusive_although_all_else_is_fine() -> None:
     assert judge(good(), asked).verdict is OPEN
 
 
+def test_a_service_that_hangs_when_the_load_stops_is_not_back() -> None:
+    """What hung until the load was stopped is censored, but it did fail."""
+
+    def cut_off(r: Reply, waited: float) -> Reply:
+        return replace(r, outcome=Outcome.CENSORED, t_first=None, t_end=r.t_intended + waited, itl=(), tokens=0)
+
+    def ends(waited: float) -> Timeline:
+        run = good()
+        new = [cut_off(r, waited) if r.t_intended >= END - 5 else r for r in run.replies]
+        return with_replies(run, tuple(new))
+
+    assert judge(ends(4.0), ASKED).verdict is OPEN  # down at the end of what was observed
+    assert Success(0.99).judge(ends(4.0), Phase.AFTER).status is FAIL
+    assert judge(ends(0.5), ASKED).verdict is PASS  # cut off while it was answering in good time
+
+
 def test_asking_nothing_is_inconclusive() -> None:
     assert judge(good(), Objectives()).verdict is OPEN
     assert judge(good(), Objectives(before=ASKED.before)).verdict is PASS  # a drill of the harness itself
