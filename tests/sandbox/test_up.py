@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,36 +235,30 @@ def test_an_interrupted_up_leaves_nothing(tmp_path: Path, sig: signal.Signals, a
     wait_for(lambda: not state.exists())
 
 
-def test_an_ordinary_user_needs_no_root(tmp_path: Path) -> None:
+def test_an_ordinary_user_needs_no_root() -> None:
     require_root_and_prometheus()
-    state = tmp_path / "home" / "state"
-    python = "/usr/bin/python3"
-    packages = Path(aiohttp.__file__).parent.parent
-    env = {**os.environ, "PYTHONPATH": str(packages), "HOME": str(state.parent)}
-    state.parent.mkdir()
-    for directory in (state.parent, *state.parents):
-        if directory.is_relative_to("/tmp/pytest-of-root"):
-            directory.chmod(0o755)
-    os.chown(state.parent, 65534, 65534)
-    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python]
-    usable = [*user, "-c", "import aiohttp, orjson, uvloop, sandbox.node.linux as l; l.unshare(l.CLONE_NEWUSER)"]
-    tried = subprocess.run(
-        usable, cwd=deploy.STACKS.parent.parent, env=env, capture_output=True, text=True, check=False
-    )
-    if tried.returncode:
-        pytest.skip(f"no interpreter or no namespaces for an ordinary user: {tried.stderr[-200:]}")
-    command = [*user, "-m", "sandbox.up", "up", "--state-dir", str(state)]
-    done = subprocess.run(
-        command, cwd=deploy.STACKS.parent.parent, env=env, capture_output=True, text=True, check=False
-    )
-    try:
-        assert done.returncode == 0, done.stderr
-        running = find(state)
-        assert running is not None
-        assert Path(f"/proc/{running.pid}").stat().st_uid == 65534
-        asyncio.run(serves(running))
-    finally:
-        down(state)
+    packages, project = Path(aiohttp.__file__).parent.parent, deploy.STACKS.parent.parent
+    user = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3"]
+    with tempfile.TemporaryDirectory(prefix="gameday-") as home:
+        os.chown(home, 65534, 65534)
+        state = Path(home) / "state"
+        env = {**os.environ, "PYTHONPATH": str(packages), "HOME": home}
+
+        def run(*argv: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run([*user, *argv], cwd=project, env=env, capture_output=True, text=True, check=False)
+
+        tried = run("-c", "import aiohttp, orjson, uvloop, sandbox.node.linux as l; l.unshare(l.CLONE_NEWUSER)")
+        if tried.returncode:
+            pytest.skip(f"no interpreter or no namespaces for an ordinary user: {tried.stderr[-200:]}")
+        try:
+            done = run("-m", "sandbox.up", "up", "--state-dir", str(state))
+            assert done.returncode == 0, done.stderr
+            running = find(state)
+            assert running is not None
+            assert Path(f"/proc/{running.pid}").stat().st_uid == 65534
+            asyncio.run(serves(running))
+        finally:
+            down(state)
 
 
 def test_a_port_in_use_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
