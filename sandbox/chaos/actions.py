@@ -7,6 +7,7 @@ What the sandbox cannot do is `Refused`: its `apply` always fails and says why.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Experiment:
     committed: dict[str, float]  # record id → when its PodNetworkChaos was last written (monotonic seconds)
     instances: dict[str, int] = field(default_factory=dict)  # record id → the generation to wait for
     _pods: dict[str, Obj] | None = None
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def spec(self) -> Spec:
@@ -54,12 +56,13 @@ class Experiment:
 
     async def pods(self) -> dict[str, Obj]:
         """The targets that exist, by "namespace/name"; read once per pass."""
-        if self._pods is None:
-            found: dict[str, Obj] = {}
-            for namespace in {record.pod[0] for record in self.records}:
-                items, _ = await self.api.list(PODS, namespace)
-                found |= {f"{namespace}/{pod['metadata']['name']}": pod for pod in items}
-            self._pods = found
+        async with self._lock:  # all records ask at once
+            if self._pods is None:
+                found: dict[str, Obj] = {}
+                for namespace in {record.pod[0] for record in self.records}:
+                    items, _ = await self.api.list(PODS, namespace)
+                    found |= {f"{namespace}/{pod['metadata']['name']}": pod for pod in items}
+                self._pods = found
         return self._pods
 
     async def pod(self, record: Record) -> Obj:

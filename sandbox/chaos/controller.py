@@ -300,7 +300,9 @@ class Controller:
         spec, own = obj["spec"], obj["metadata"]["namespace"]
         if wrong := refusal(kind, spec):
             raise CannotSelect(wrong)
-        sides = {".": spec, **({".Target": spec["target"]} if spec.get("target") else {})}
+        sides = {".": spec}
+        if kind == NETWORKCHAOS.kind and spec.get("target"):
+            sides[".Target"] = spec["target"]
         records = []
         for key, side in sides.items():
             for pod in draw(await self._matching(side["selector"], own), side["mode"], side.get("value"), self._rng):
