@@ -7,15 +7,24 @@ Started by gameday itself (`loadgen.launch`), the one user replays the plan inst
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import gevent
-from locust import User, task
+from locust import User, events, task
+from locust.runners import MasterRunner
 
+from gameday.errors import LoadError
 from gameday.model import Outcome
+from loadgen.check import one_token
 from loadgen.client import Call
+from loadgen.metrics import Metrics
+from loadgen.people import Choice, Source
+from loadgen.traffic import Deadlines
 from loadgen.worker import FD, Worker
 
 
@@ -74,3 +83,83 @@ if FD in os.environ:
             worker.serve()
             os.kill(os.getpid(), signal.SIGTERM)  # Locust's orderly way out
             gevent.sleep(60)
+
+else:
+
+    class Person(User):  # type: ignore[misc]  # Locust is not typed for us
+        """Asks at `--rate` requests a second, whether answers come or not."""
+
+        @task  # type: ignore[untyped-decorator]
+        def ask(self) -> None:
+            source = _sources.get(self.environment)
+            if source is None:  # the test could not start, or is ending
+                gevent.sleep(0.1)
+            else:
+                source.walk(self)
+
+        def on_stop(self) -> None:
+            source = _sources.get(self.environment)
+            if source is not None:
+                source.leave(self)
+
+    _sources: dict[Any, Source] = {}
+    _metrics: list[Metrics] = []  # one for the process: a test may be started again from the web page
+
+    @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
+    def _options(parser: Any, **_: Any) -> None:
+        group = parser.add_argument_group("gameday")
+        for name, default, text in (
+            ("--model", "my-llama32", "the model's name"),
+            ("--rate", 1.0, "requests a second of each user; users × rate is the load"),
+            ("--prompt-tokens", 120, "tokens of each prompt, about"),
+            ("--output-tokens", 48, "max_tokens of each request"),
+            ("--api", "chat", "chat or completions"),
+            ("--api-key-file", "", "file with the API key"),
+            ("--api-key-env", "", "environment variable with the API key"),
+            ("--ca-file", "", "CA of the target's certificate"),
+            ("--records", "", "directory for a record of every reply"),
+            ("--metrics-port", 0, "port for /metrics, 0: none"),
+            ("--seed", 1, "seed of the arrivals"),
+        ):
+            env = f"GAMEDAY_{name[2:].upper().replace('-', '_')}"
+            group.add_argument(name, type=type(default), default=default, help=text, env_var=env)
+
+    @events.test_start.add_listener  # type: ignore[untyped-decorator]
+    def _start(environment: Any, **_: Any) -> None:
+        if isinstance(environment.runner, MasterRunner):
+            return  # its workers do the asking
+        options = environment.parsed_options
+        choice = Choice(environment.host or "", **{f: getattr(options, f) for f in _CHOICES})
+        try:
+            if choice.metrics_port and not _metrics:
+                _metrics.append(Metrics())
+                _metrics[0].serve(choice.metrics_port)
+            number = max(0, getattr(environment.runner, "worker_index", 0))
+            _sources[environment] = Source(choice, Feed(environment), _metrics[0] if _metrics else None, number)
+            one_token(
+                choice.host,
+                choice.model,
+                api=choice.api,
+                api_key_file=Path(choice.api_key_file) if choice.api_key_file else None,
+                api_key_env=choice.api_key_env or None,
+                ca_file=Path(choice.ca_file) if choice.ca_file else None,
+            )
+        except LoadError as e:
+            logging.getLogger("gameday").error("%s", e)
+            environment.process_exit_code = 2
+            _sources.pop(environment, None)
+            if environment.web_ui is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    @events.test_stop.add_listener  # type: ignore[untyped-decorator]
+    def _stop(environment: Any, **_: Any) -> None:
+        """Users are gone; what they asked is waited for, so that nothing vanishes unrecorded."""
+        source = _sources.pop(environment, None)
+        if source is None:
+            return
+        end = source.close(Deadlines().total)
+        logging.getLogger("gameday").info("account: %s", end)
+        if end.planned != end.ok + end.failed + end.shed + end.censored:
+            environment.process_exit_code = 2
+
+    _CHOICES = tuple(f.name for f in fields(Choice) if f.name != "host")

@@ -36,6 +36,22 @@ class Filler:
         return self._text[: self._ends[count]]
 
 
+class Writer:
+    """Bodies without a plan: one prompt of a given length, begun by words of its own."""
+
+    def __init__(self, target: Target) -> None:
+        self._model = target.model
+        self._filler = Filler()
+
+    def body(self, api: str, begin: str, prompt: int, output: int) -> bytes:
+        text = f"{begin} {self._filler.words(max(0, prompt - 1))}"
+        said: dict[str, object] = {"prompt": text}
+        if api == "chat":
+            said = {"messages": [{"role": "user", "content": text}]}
+        options = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+        return json.dumps({"model": self._model, **said, "max_tokens": output, **options}).encode()
+
+
 class Bodies:
     """Makes the body of request `seq` of a plan."""
 
