@@ -85,6 +85,10 @@ _NUMBERS: dict[str, str] = {
     "PodDisruptionBudgetSpec": "1 minAvailable 2 selector 3 maxUnavailable 4 unhealthyPodEvictionPolicy",
     "PodDisruptionBudgetStatus": "1 observedGeneration 2 disruptedPods 3 disruptionsAllowed 4 currentHealthy "
     "5 desiredHealthy 6 expectedPods",
+    "V1HorizontalPodAutoscaler": "1 metadata 2 spec 3 status",
+    "V1HorizontalPodAutoscalerSpec": "1 scaleTargetRef 2 minReplicas 3 maxReplicas 4 targetCPUUtilizationPercentage",
+    "V1HorizontalPodAutoscalerStatus": "1 observedGeneration 3 currentReplicas 4 desiredReplicas",
+    "V1CrossVersionObjectReference": "1 kind 2 name 3 apiVersion",
     "PriorityClass": "1 metadata 2 value 3 globalDefault 4 description 5 preemptionPolicy",
     "Service": "1 metadata 2 spec 3 status",
     "ServiceSpec": "1 ports 2 selector 3 clusterIP 4 type 5 externalIPs 7 sessionAffinity 8 loadBalancerIP "

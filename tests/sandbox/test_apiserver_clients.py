@@ -153,3 +153,10 @@ def test_protobuf_that_is_not_understood_is_an_error(tmp_path: Path) -> None:
             assert "does not understand this protobuf body" in answer["message"]
 
     run(tmp_path, test)
+
+
+def test_the_type_table_is_that_of_the_kubernetes_package() -> None:
+    from sandbox.apiserver import typegen  # noqa: PLC0415  (its imports take a second)
+
+    assert client.__version__.startswith("37."), "regenerate types.json and raise this number"
+    assert typegen.TARGET.read_bytes() == typegen.generate()
