@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from gameday import clock, recovery
+from gameday.judge import DELAY, RUN_QUEUE, SATURATED_SHARE
 from gameday.model import (
     About,
     Event,
@@ -211,8 +212,11 @@ def session(rng: random.Random, length: float, per_second: float, fresh: Fresh) 
         finally:
             server.kill()
             server.wait()
-        planted = [json.loads(line) for line in (out / "truth.jsonl").read_text().splitlines()]
-    return _measure_session(rng, planted, replies, beats)
+        planted, lags = (
+            [json.loads(line) for line in (out / name).read_text().splitlines()]
+            for name in ("truth.jsonl", "lags.jsonl")
+        )
+    return _measure_session(rng, planted, replies, beats, lags)
 
 
 def load_records(load: launch.Load) -> tuple[list[Reply], list[Heartbeat]]:
@@ -221,8 +225,13 @@ def load_records(load: launch.Load) -> tuple[list[Reply], list[Heartbeat]]:
 
 
 def _measure_session(
-    rng: random.Random, planted: Sequence[dict[str, Any]], replies: Sequence[Reply], beats: Sequence[Heartbeat]
+    rng: random.Random,
+    planted: Sequence[dict[str, Any]],
+    replies: Sequence[Reply],
+    beats: Sequence[Heartbeat],
+    lags: Sequence[tuple[float, float]],
 ) -> dict[str, list[Result]]:
+    """Outages during which generator or server were late themselves are kept apart: judged, they are INCONCLUSIVE."""
     found: dict[str, list[Result]] = {}
     for outage in planted:
         share = outage["bad"] / 6
@@ -230,9 +239,11 @@ def _measure_session(
         limit = LATE if outage["mode"] == "slow" else None
         one = Planted(outage["begin"], outage["end"], apply, proof, share, limit)
         end = outage["end"] + PAUSE - 0.5
-        strained = [b for b in beats if one.apply <= b.t < end and b.delay_p99 > 0.05]
+        inside = [h for h in beats if apply - 3.0 <= h.t < end]
+        late = [h for h in inside if h.delay_p99 > DELAY or h.run_queue > RUN_QUEUE]
+        strained = len(late) > max(1, SATURATED_SHARE * len(inside)) or any(apply < t and s < end for s, t in lags)
         name = f"{outage['mode']} {share:.2f}" if share < 1 else f"{outage['mode']}, total"
-        kind = "of a strained generator" if len(strained) > 1 else name
+        kind = f"{name}, strained" if strained else name
         found.setdefault(kind, []).append(measure(one, timeline(one, replies, apply - 3.0, end)))
     return found
 
@@ -310,6 +321,9 @@ def main() -> int:
         options.json.write_text(json.dumps([{s: getattr(f, s) for s in Figures.__slots__} for f in found], indent=2))
     judged = [f for f in found if "strained" not in f.name]
     totals = [r for f in judged if f.name in TOTALS for r in results[f.name]]
+    if not totals:
+        print("too few outages for a figure: run it for longer")
+        return 1
     whole = figures("all total ones", totals)
     everything = figures("all", [r for f in judged for r in results[f.name]])
     show([whole, everything])

@@ -106,5 +106,20 @@ async def follow(schedule: list[dict[str, Any]], truth: Path) -> None:
     await asyncio.sleep(3600)
 
 
+async def watch(lags: Path) -> None:
+    """Write down when this process itself was late: then the truth of the moment is not what was planted."""
+    with lags.open("w") as file:
+        while True:
+            due = time.monotonic() + 0.02
+            await asyncio.sleep(0.02)
+            if time.monotonic() - due > 0.05:
+                file.write(json.dumps([due, time.monotonic()]) + "\n")
+                file.flush()
+
+
+async def main(schedule: list[dict[str, Any]], truth: Path) -> None:
+    await asyncio.gather(follow(schedule, truth), watch(truth.with_name("lags.jsonl")))
+
+
 if __name__ == "__main__":
-    asyncio.run(follow(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])))
+    asyncio.run(main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])))
