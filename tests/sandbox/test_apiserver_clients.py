@@ -96,6 +96,10 @@ spec:
         assert kubectl("get", "configmap", "c", "-o", "jsonpath={.data.a}") == "b"
         assert kubectl("create", "deployment", "d", "--image=x:1", "--replicas=0") == "deployment.apps/d created\n"
         assert kubectl("get", "deploy", "d", "-o", "jsonpath={.spec.replicas}") == "0"
+        scaled = kubectl("autoscale", "deployment", "d", "--max=3", "--cpu-percent=70")  # autoscaling/v1
+        assert scaled == "horizontalpodautoscaler.autoscaling/d autoscaled\n"
+        path = "jsonpath={.spec.metrics[0].resource.target.averageUtilization}"
+        assert kubectl("get", "hpa", "d", "-o", path) == "70"
         assert kubectl("auth", "can-i", "delete", "pods") == "yes\n"
         assert called("auth", "can-i", "delete", "pods", "--as=jane").stdout == "no\n"
         assert kubectl("delete", "deploy", "web").startswith('deployment.apps "web" deleted')
