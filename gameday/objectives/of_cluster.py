@@ -143,10 +143,14 @@ class NodeKept(Objective):
             m = min(touched, key=lambda m: m.t)
             kept, why = m.t - harm, f"{m.node} {m.what} {show_duration(m.t - harm)} after the fault"
             return Finding(phase, self.title, FAIL, kept, self.for_at_least, "s", kept, kept, len(seen), why)
-        told = {m.node: m.t for m in sorted(seen, key=lambda m: -m.t) if m.what.startswith("detected")}
+        # The signal goes before the harm, so the detector's report may, too.
+        reports = [
+            m for m in of(timeline, NodeMark) if m.node in nodes and m.what.startswith("detected") and m.t <= end
+        ]
+        told = {m.node: m.t for m in sorted(reports, key=lambda m: -m.t)}
         if set(told) != set(nodes):
             return unseen(phase, self.title, self.for_at_least, "the detector has not reported the fault", "s")
-        kept = end - max(told.values())
+        kept = end - max(harm, *told.values())
         status, why = PASS, "reported, and nothing was done"
         if kept < self.for_at_least:
             status, why = INCONCLUSIVE, "the window ended before a repair would have begun"
