@@ -16,8 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sandbox.up import SandboxError
-
 from gameday import settings as settings_
 from gameday.cluster import Cluster
 from gameday.errors import ClusterError, SandboxUnavailable, SettingsError
@@ -26,6 +24,7 @@ from gameday.settings import Settings
 from probes.prometheus import Prometheus
 from reports.live import Progress
 from sandbox import options as sandbox_options, up as sandbox_up
+from sandbox.up import SandboxError
 
 SANDBOX_CONTEXT = "gameday-sandbox"
 

@@ -96,6 +96,7 @@ class Reply:
     peer: str | None = None  # "ip:port" that we spoke to
     pod: str | None = None  # who answered, by the served-by header; None where there is none
     zone: str | None = None
+    via: str | None = None  # the gateway pod through which it came, by its header
     detail: str = ""  # the error in words
 
     @property

@@ -145,6 +145,7 @@ class Preflight:
             self._settings.model,
             served_by=self._settings.served_by,
             served_zone=self._settings.served_zone,
+            served_via=self._settings.served_via,
             api_key_file=self._settings.api_key_file,
         )
         return f"{self._settings.target} answers, first token after {(reply.ttft or 0) * 1000:.0f} ms"

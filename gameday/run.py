@@ -310,6 +310,7 @@ class Session:
             workers=settings.load_workers,
             served_by=settings.served_by,
             served_zone=settings.served_zone,
+            served_via=settings.served_via,
             api_key_file=settings.api_key_file,
         )
 

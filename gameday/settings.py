@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     model: str = ""
     served_by: str = "x-served-by"  # answer header that names the pod
     served_zone: str = "x-served-zone"
+    served_via: str = "x-gateway"  # … the gateway pod in front of it
     api_key_file: Path | None = None
     zone: str | None = None
 

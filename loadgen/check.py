@@ -22,6 +22,7 @@ def one_token(
     within: float = 10.0,
     served_by: str = "x-served-by",
     served_zone: str = "x-served-zone",
+    served_via: str = "x-gateway",
     api_key_file: Path | None = None,
     api_key_env: str | None = None,
     headers: Mapping[str, str] | None = None,
@@ -37,6 +38,7 @@ def one_token(
         model,
         served_by=served_by,
         served_zone=served_zone,
+        served_via=served_via,
         headers=headers,
         api_key=target_.read_key(api_key_file, api_key_env),
         ca_file=str(ca_file) if ca_file else None,
@@ -107,6 +109,7 @@ def _ask(connection: http.client.HTTPConnection, whom: target_.Target, api: str,
         completion_tokens=events.completion_tokens,
         pod=response.headers.get(whom.served_by),
         zone=response.headers.get(whom.served_zone),
+        via=response.headers.get(whom.served_via),
     )
 
 

@@ -63,6 +63,7 @@ class Call:
     peer: str | None = None
     pod: str | None = None
     zone: str | None = None
+    via: str | None = None
     detail: str = ""
 
     def end(self, outcome: Outcome, detail: str = "", at: float | None = None) -> None:
@@ -220,6 +221,7 @@ class Client:
         self._idle: deque[Conn] = deque()
         self._served_by = target.served_by.encode()
         self._served_zone = target.served_zone.encode()
+        self._served_via = target.served_via.encode()
         self._literal = _literal(target.host, target.port)
 
     def close(self) -> None:
@@ -429,6 +431,7 @@ class _Exchange:
         call.status = http.status
         call.pod = _text(http.headers.get(self._client._served_by))
         call.zone = _text(http.headers.get(self._client._served_zone))
+        call.via = _text(http.headers.get(self._client._served_via))
         return payload
 
     def _stream(self, conn: Conn, pause: Callable[[], object], payload: bytes) -> None:

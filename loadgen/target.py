@@ -23,6 +23,7 @@ class Target:
     model: str
     served_by: str = "x-served-by"
     served_zone: str = "x-served-zone"
+    served_via: str = "x-gateway"
     headers: Mapping[str, str] = field(default_factory=dict)
     api_key: str = field(default="", repr=False)
     ca_file: str | None = None
@@ -68,6 +69,7 @@ def parse(
     *,
     served_by: str = "x-served-by",
     served_zone: str = "x-served-zone",
+    served_via: str = "x-gateway",
     headers: Mapping[str, str] | None = None,
     api_key: str = "",
     ca_file: str | None = None,
@@ -95,6 +97,7 @@ def parse(
         model,
         served_by.lower(),
         served_zone.lower(),
+        served_via.lower(),
         dict(headers or {}),
         api_key,
         ca_file,

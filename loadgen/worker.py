@@ -46,6 +46,7 @@ class Job:
     workers: int
     served_by: str = "x-served-by"
     served_zone: str = "x-served-zone"
+    served_via: str = "x-gateway"
     headers: dict[str, str] = field(default_factory=dict)
     api_key_file: str | None = None
     api_key_env: str | None = None
@@ -62,6 +63,7 @@ class Job:
             self.model,
             served_by=self.served_by,
             served_zone=self.served_zone,
+            served_via=self.served_via,
             headers=self.headers,
             api_key=key,
             ca_file=self.ca_file,

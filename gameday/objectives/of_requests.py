@@ -332,9 +332,9 @@ class UnbrokenStreams(Objective):
         some = [r for r in requests(timeline, phase, self.cls) if r.t_first is not None]
         targets = {p.rsplit("/", 1)[-1] for p in timeline.fault.pods} if self.except_on == "targets" else set()
         broken = [r for r in some if r.outcome in STREAM_BROKEN]
-        # A stream whose pod we do not know may have run anywhere: it counts.
-        bad = [r for r in broken if r.pod is None or r.pod.rsplit("/", 1)[-1] not in targets]
-        where = sorted({r.pod or "unknown pod" for r in bad})
+        # A stream whose pods we do not know may have run anywhere: it counts.
+        bad = [r for r in broken if not _ran_on(r, targets)]
+        where = sorted({f"{r.pod or 'unknown pod'}{f' via {r.via}' if r.via else ''}" for r in bad})
         evidence = f"{len(broken) - len(bad)} broken on the targets" if self.except_on else ""
         if bad:
             evidence = f"broken on {', '.join(where[:5])}; {worst_time(timeline, [r.t_end for r in bad])}"
@@ -348,3 +348,8 @@ class UnbrokenStreams(Objective):
         return Finding(
             phase, self.title, status, count, float(self.at_most), "count", count, count, len(some), evidence
         )
+
+
+def _ran_on(reply: Reply, pods: set[str]) -> bool:
+    """Whether one of the pods that carried the stream, engine or gateway, is among `pods` (names)."""
+    return any(name.rsplit("/", 1)[-1] in pods for name in (reply.pod, reply.via) if name)

@@ -601,3 +601,14 @@ def test_phases_do_not_overlap() -> None:
         inside = sum(start <= r.t_intended < end for r in run.replies)
         assert inside - 5 <= found.samples <= inside
     assert len(run.replies) - 60 < sum(seen) < len(run.replies)
+
+
+def test_a_stream_through_a_lost_gateway_ran_on_the_target() -> None:
+    """The engine lived, but the gateway in the lost zone carried the stream."""
+    run = broken_streams("engine-elsewhere")
+    lost = replace(run.fault, pods=(*run.fault.pods, "llm/gateway-b"))
+    through = tuple(replace(r, via="gateway-b") if not r.ok else r for r in run.replies)
+    asked = UnbrokenStreams(except_on="targets")
+    assert during(asked, replace(run, replies=through)).status is FAIL
+    assert during(asked, replace(run, fault=lost, replies=through)).status is PASS
+    assert during(asked, replace(run, fault=lost)).status is FAIL
