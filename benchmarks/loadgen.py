@@ -174,11 +174,7 @@ class Stock({base}):
         n = next(count); first = None; t0 = time.monotonic(); starts.append(t0)
         said = {{"role": "user", "content": f"2-{{n}} please go on"}}
         body = {{"model": "m", "messages": [said], "max_tokens": {tokens}, "stream": True}}
-        with self.client.post("/v1/chat/completions", json=body, stream=True, catch_response=True) as r:
-            for line in r.iter_lines():
-                if first is None and line:
-                    first = time.monotonic()
-            r.success()
+{ask}
         seen.append((f"2-{{n}}", first)); ended.append(time.monotonic()); took.append(ended[-1] - t0)
 def save():
     use = resource.getrusage(resource.RUSAGE_SELF)
@@ -188,9 +184,25 @@ atexit.register(save)
 """
 
 
+_ASK = {
+    "FastHttpUser": """
+        for line in self.client.iter_lines("/v1/chat/completions", method="POST", json=body):
+            if first is None and line:
+                first = time.monotonic()
+""",
+    "HttpUser": """
+        with self.client.post("/v1/chat/completions", json=body, stream=True, catch_response=True) as r:
+            for line in r.iter_lines():
+                if first is None and line:
+                    first = time.monotonic()
+            r.success()
+""",
+}
+
+
 def _stock(base: str, url: str, users: int, seconds: float, out: Path, *, wait: str = "", tokens: int = TOKENS) -> Path:
     file, result = out / f"stock_{base.lower()}.py", out / f"{base}.json"
-    file.write_text(_STOCK.format(base=base, wait=wait or "pass", out=str(result), tokens=tokens))
+    file.write_text(_STOCK.format(base=base, wait=wait or "pass", out=str(result), tokens=tokens, ask=_ASK[base]))
     command = [sys.executable, "-m", "locust", "-f", str(file), "--headless", "-u", str(users), "-r", str(users)]
     command += ["-t", f"{seconds:.0f}s", "--host", url, "--exit-code-on-error", "0", "--only-summary", "-s", "10"]
     with (out / f"{base}.log").open("wb") as log:

@@ -1,6 +1,6 @@
 """A small OpenAI-compatible server in a process of its own; every token carries the instant at which it was sent.
 
-    python -m tests… is not needed: `Server()` starts it, prints its port, and ends with its context.
+python -m tests… is not needed: `Server()` starts it, prints its port, and ends with its context.
 """
 
 from __future__ import annotations

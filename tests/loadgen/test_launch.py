@@ -239,5 +239,5 @@ def test_bad_input_starts_nothing(tmp_path: Path, more: dict[str, object], says:
 def test_damaged_plan_is_refused(tmp_path: Path) -> None:
     path, _ = _plan(tmp_path, _steady(1, tokens=1))
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(LoadError, match="plan.*cannot be read"):
+    with pytest.raises(LoadError, match=r"plan.*cannot be read"):
         launch.start(path, target="http://127.0.0.1:1", model="m", out=tmp_path)
