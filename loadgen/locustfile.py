@@ -124,6 +124,14 @@ else:
             env = f"GAMEDAY_{name[2:].upper().replace('-', '_')}"
             group.add_argument(name, type=type(default), default=default, help=text, env_var=env)
 
+    @events.init.add_listener  # type: ignore[untyped-decorator]
+    def _serve(environment: Any, **_: Any) -> None:
+        """Once for a process, from its own options: a master's replace a worker's when the test starts."""
+        port = environment.parsed_options.metrics_port
+        if port and not isinstance(environment.runner, MasterRunner):
+            _metrics.append(Metrics())
+            _metrics[0].serve(port)
+
     @events.test_start.add_listener  # type: ignore[untyped-decorator]
     def _start(environment: Any, **_: Any) -> None:
         if isinstance(environment.runner, MasterRunner):
@@ -131,9 +139,6 @@ else:
         options = environment.parsed_options
         choice = Choice(environment.host or "", **{f: getattr(options, f) for f in _CHOICES})
         try:
-            if choice.metrics_port and not _metrics:
-                _metrics.append(Metrics())
-                _metrics[0].serve(choice.metrics_port)
             number = max(0, getattr(environment.runner, "worker_index", 0))
             _sources[environment] = Source(choice, Feed(environment), _metrics[0] if _metrics else None, number)
             one_token(

@@ -36,7 +36,6 @@ class Choice:
     api_key_env: str
     ca_file: str
     records: str
-    metrics_port: int
     seed: int
 
 
