@@ -192,6 +192,7 @@ class Plan:
     undos: tuple[Undo, ...]  # in the order in which they are undone
     watch_for: tuple[Proof, ...] = ()  # proofs that may come later than the injection (slow detectors)
     rebalance: tuple[str, ...] = ()  # Deployments to restart after the heal, so that they spread again
+    avoid: tuple[str, ...] = ()  # nodes that may vanish: probers go elsewhere if they can
     cuts: str = ""  # the zone whose border the probers watch; "" for none
     needs: tuple[str, ...] = ()  # chaos resources (plurals) that must be served
     cluster_wide: bool = False  # touches nodes: takes the cluster-wide lock as well

@@ -130,6 +130,7 @@ class Xid:
             ),
             acts=tuple(acts),
             undos=tuple(undos),
+            avoid=(node.name,),
             needs=(PODCHAOS.plural,),
             cluster_wide=True,
         )

@@ -357,9 +357,14 @@ def stages(timeline: Timeline, fault: float, back: float | None) -> dict[str, fl
     """Seconds after F at which each step towards recovery was first seen; a step that was not seen is absent.
 
     Moved, started, loaded and served are those of replacements: pods that were created after F, and targets that
-    came back in place.
+    came back in place. Where the fault also hit other workloads (a zone's gateways), those of the engines count.
     """
-    targets = {p.rsplit("/", 1)[-1] for p in timeline.fault.pods}
+    hit = {p.rsplit("/", 1)[-1] for p in timeline.fault.pods}
+    owner = {p.pod.rsplit("/", 1)[-1]: p.owner for p in of(timeline, PodMark)}
+    owners = {owner.get(name, "") for name in hit}
+    # The engines are owned by their Service's name, everything else by "Kind/name" (probes.kube).
+    ours = {one for one in owners if one and "/" not in one} or owners
+    targets = {name for name in hit if owner.get(name, "") in ours}
     found: dict[str, float] = {}
 
     def note(name: str, t: float) -> None:
@@ -367,12 +372,14 @@ def stages(timeline: Timeline, fault: float, back: float | None) -> dict[str, fl
             found[name] = t - fault
 
     for e in of(timeline, EndpointMark):
-        if not (e.ready and e.present) and (e.target or e.pod.rsplit("/", 1)[-1] in targets):
+        if not (e.ready and e.present) and e.pod.rsplit("/", 1)[-1] in targets:
             note("noticed", e.t)
     came_back: set[str] = set()
     ready: dict[str, float] = {}
     for p in sorted(of(timeline, PodMark), key=lambda m: m.t):
         name = p.pod.rsplit("/", 1)[-1]
+        if p.owner not in ours:
+            continue
         is_new = p.stage == "created" and name not in targets
         is_back = p.stage in ("unready", "restarted", "created") and (p.target or name in targets)
         if p.t >= fault and (is_new or is_back):

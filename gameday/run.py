@@ -233,7 +233,7 @@ class Session:
         self._watcher = Watcher(self._cluster, _labels(view.selector), self._settings.service, self.emit)
         self._watcher.start()
         self._reach = Reach(self._cluster, view, self._settings.prober_image, self.expected() + 60)
-        self._reach.start(plan.cuts, lambda pod: self._save(pod["metadata"]["name"], pod))
+        self._reach.start(plan, lambda pod: self._save(pod["metadata"]["name"], pod))
         self._start_load()
         self._sampler = Sampler(
             self._arena.prometheus,
@@ -464,7 +464,8 @@ class Session:
     def _check_fault(self, lost: dict[str, int]) -> None:
         """A lasting effect must be seen until the heal; detectors' reports are noted when they come."""
         assert self._plan is not None and self._reach is not None
-        if silent := self._reach.silent(EVERY * LOST * 3):
+        lasting = any(getattr(getattr(act, "proof", None), "lasting", False) for act in self._plan.acts)
+        if lasting and (silent := self._reach.silent(EVERY * LOST * 3)):
             self.stop("inconclusive", f"the prober in zone {silent[0]} fell silent, so that the fault cannot be seen")
         for act in self._plan.acts:
             proof = getattr(act, "proof", None)
@@ -574,11 +575,11 @@ class Session:
             return
         hold = self._hold
         rto = self.spec.recovers.within if self.spec.recovers else hold
-        self._enter(Phase.AFTER, hold + rto)
+        self._enter(Phase.AFTER, hold + rto + 1)
         if self._plan.rebalance:
             self._rebalance(self._plan.rebalance)
         began = clock.now()
-        self._tick(hold + rto, until=lambda: clock.now() - began >= hold and self._is_back(hold))
+        self._tick(hold + rto + 1, until=lambda: clock.now() - began >= hold + 1 and self._is_back(hold))
         self._leave(Phase.AFTER)
 
     def _is_back(self, hold: float) -> bool:

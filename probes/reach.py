@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from faults.base import ROLE, Cut, Dead, View
+from faults.base import ROLE, Cut, Dead, Plan, View
 from gameday import clock
 from gameday.cluster import Cluster, Obj, Quiet
 from gameday.errors import ClusterError, MissingCapability
@@ -135,15 +135,15 @@ class Reach:
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
-    def start(self, cut: str, on_created: Callable[[Obj], None], within: float = 30.0) -> None:
+    def start(self, plan: Plan, on_created: Callable[[Obj], None], within: float = 30.0) -> None:
         """Create the probers, that of the cut zone first (later ones watch earlier ones), and let each look.
 
         Raises `MissingCapability("probers")` when they do not run here.
         """
         known: list[Target] = []
-        for name, zone in sorted(self._view.probers, key=lambda one: (one[1] != cut, one)):
+        for name, zone in sorted(self._view.probers, key=lambda one: (one[1] != plan.cuts, one)):
             targets = (*self._targets(), *known)
-            pod = self._manifest(name, zone, targets)
+            pod = self._manifest(name, zone, targets, plan.avoid)
             on_created(pod)
             self._cluster.create(PODS, pod)
             self._tracks[zone] = _Track(zone, targets)
@@ -166,7 +166,7 @@ class Reach:
         usable = [pod for pod in pods if pod.ready and pod.ip and pod.ports and not pod.host_network]
         return tuple(Target(pod.key, pod.zone, pod.ip, pod.ports[0]) for pod in usable[:MAX_TARGETS])
 
-    def _manifest(self, name: str, zone: str, targets: tuple[Target, ...]) -> Obj:
+    def _manifest(self, name: str, zone: str, targets: tuple[Target, ...], avoid: tuple[str, ...]) -> Obj:
         labels = dict(self._view.labels) | {ROLE: "prober"}
         metadata = {"name": name, "namespace": self._view.namespace, "labels": labels}
         addresses = json.dumps([[target.ip, target.port] for target in targets])
@@ -178,6 +178,7 @@ class Reach:
             "metadata": metadata,
             "spec": {
                 **selector,
+                **_elsewhere(avoid),
                 "restartPolicy": "Never",
                 "activeDeadlineSeconds": int(self._lasts) + 30,  # its own end, should nobody come back for it
                 "terminationGracePeriodSeconds": 1,
@@ -281,6 +282,15 @@ class Reach:
                     # Of a zone that is cut off, only the others' view of each other is a control.
                     work.append(pair)
         return _Pairs(tuple(fail), tuple(work))
+
+
+def _elsewhere(avoid: tuple[str, ...]) -> Obj:
+    """A wish, not a demand: where a zone has no other node, the prober takes that one."""
+    if not avoid:
+        return {}
+    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": sorted(avoid)}]}
+    wish = {"weight": 100, "preference": term}
+    return {"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [wish]}}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ def test_every_act_has_an_undo_and_every_object_an_end(fault: Fault) -> None:
             assert ("Job", act.manifest["metadata"]["name"]) in undone
             assert act.manifest["spec"]["activeDeadlineSeconds"] > 0
         elif isinstance(act, Cordon):
-            assert {node for node in act.nodes} == {e.name for e in plan.undos if e.verb == "uncordon"}
+            assert set(act.nodes) == {e.name for e in plan.undos if e.verb == "uncordon"}
         else:
             assert any(entry.verb == "allocatable" and entry.name == act.node for entry in plan.undos)
     for _, manifest in manifests(plan.acts):
