@@ -52,8 +52,17 @@ class Query:
 
 ALL = Query()
 BY_MASTER = Write(validation="Ignore")
-_DROP_EMPTY = ("labels", "annotations", "finalizers", "ownerReferences", "generateName", "uid", "resourceVersion",
-               "namespace", "creationTimestamp")
+_DROP_EMPTY = (
+    "labels",
+    "annotations",
+    "finalizers",
+    "ownerReferences",
+    "generateName",
+    "uid",
+    "resourceVersion",
+    "namespace",
+    "creationTimestamp",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +278,13 @@ class Core:
         return self.update(res, namespace, name, fresh if changed is None else changed, write, sub)
 
     def patch(
-        self, res: Resource, namespace: str, name: str, kind: str, body: Any, write: Write = BY_MASTER,
+        self,
+        res: Resource,
+        namespace: str,
+        name: str,
+        kind: str,
+        body: Any,
+        write: Write = BY_MASTER,
         sub: str = "",
     ) -> Stored:
         old = self.get(res, namespace, name)
@@ -366,8 +381,10 @@ class Core:
     @staticmethod
     def _check_preconditions(res: Resource, old: Stored, wanted: Obj) -> None:
         meta = old.obj["metadata"]
-        for key, what, fate in (("uid", "UID", "deleted and then recreated"),
-                                ("resourceVersion", "ResourceVersion", "modified")):
+        for key, what, fate in (
+            ("uid", "UID", "deleted and then recreated"),
+            ("resourceVersion", "ResourceVersion", "modified"),
+        ):
             asked = wanted.get(key)
             if asked and asked != meta[key]:
                 why = (

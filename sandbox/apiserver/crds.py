@@ -125,8 +125,7 @@ class CustomTypes:
             _set_condition(obj, "Established", "False", "NotAccepted", "not all names are accepted")
         else:
             _set_condition(obj, "NamesAccepted", "True", "NoConflicts", "no conflicts found")
-            _set_condition(obj, "Established", "True", "InitialNamesAccepted",
-                           "the initial names have been accepted")
+            _set_condition(obj, "Established", "True", "InitialNamesAccepted", "the initial names have been accepted")
             obj["status"]["acceptedNames"] = names
             obj["metadata"]["finalizers"] = [*(obj["metadata"].get("finalizers") or []), CLEANUP]
         self._core.store.put(KEY, obj)
@@ -199,8 +198,9 @@ def _is_true(obj: Obj, type: str) -> bool:
 
 def _set_condition(obj: Obj, type: str, status: str, reason: str, message: str) -> None:
     conditions = [c for c in obj["status"].get("conditions") or [] if c["type"] != type]
-    conditions.append({"type": type, "status": status, "lastTransitionTime": now(), "reason": reason,
-                       "message": message})
+    conditions.append(
+        {"type": type, "status": status, "lastTransitionTime": now(), "reason": reason, "message": message}
+    )
     obj["status"]["conditions"] = conditions
 
 
@@ -221,8 +221,17 @@ def _walk(schema: Any, path: str) -> Iterator[tuple[str, Obj]]:
         yield from _walk(schema.get(key), f"{path}.{key}")
 
 
-_NUMBERS = ("minimum", "maximum", "multipleOf", "minLength", "maxLength", "minItems", "maxItems", "minProperties",
-            "maxProperties")
+_NUMBERS = (
+    "minimum",
+    "maximum",
+    "multipleOf",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "minProperties",
+    "maxProperties",
+)
 _LISTS = ("required", "enum", "allOf", "anyOf", "oneOf")
 
 

@@ -305,8 +305,18 @@ def _event(obj: Obj) -> None:
     fill(obj, {"source": dict, "reportingComponent": "", "reportingInstance": ""})
 
 
-_NODE_INFO = ("machineID", "systemUUID", "bootID", "kernelVersion", "osImage", "containerRuntimeVersion",
-              "kubeletVersion", "kubeProxyVersion", "operatingSystem", "architecture")
+_NODE_INFO = (
+    "machineID",
+    "systemUUID",
+    "bootID",
+    "kernelVersion",
+    "osImage",
+    "containerRuntimeVersion",
+    "kubeletVersion",
+    "kubeProxyVersion",
+    "operatingSystem",
+    "architecture",
+)
 
 
 def _node(obj: Obj) -> None:

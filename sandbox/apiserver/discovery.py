@@ -13,8 +13,12 @@ from sandbox.apiserver.resources import Resource
 from sandbox.client import Obj
 
 _SUB_VERBS: dict[str, tuple[str, ...]] = {
-    "binding": ("create",), "eviction": ("create",), "token": ("create",), "log": ("get",),
-    "exec": ("create", "get"), "finalize": ("update",),
+    "binding": ("create",),
+    "eviction": ("create",),
+    "token": ("create",),
+    "log": ("get",),
+    "exec": ("create", "get"),
+    "finalize": ("update",),
 }
 _SUB_KINDS: dict[str, tuple[str, str, str]] = {
     "scale": ("autoscaling", "v1", "Scale"),
@@ -212,8 +216,13 @@ def _entries(res: Resource) -> list[Obj]:
 
 
 def _sub(res: Resource, sub: str) -> Obj:
-    entry: Obj = {"name": f"{res.plural}/{sub}", "singularName": "", "namespaced": res.namespaced, "kind": res.kind,
-                  "verbs": list(_SUB_VERBS.get(sub, ("get", "patch", "update")))}
+    entry: Obj = {
+        "name": f"{res.plural}/{sub}",
+        "singularName": "",
+        "namespaced": res.namespaced,
+        "kind": res.kind,
+        "verbs": list(_SUB_VERBS.get(sub, ("get", "patch", "update"))),
+    }
     if sub in _SUB_KINDS:
         group, version, kind = _SUB_KINDS[sub]
         entry["kind"] = kind

@@ -97,8 +97,10 @@ def stale(group: str, plural: str, name: str) -> ApiError:
 
 
 def forbidden(group: str, plural: str, name: str, why: str) -> ApiError:
-    subject = f"{qualified(group, plural)} is forbidden" if not name else (
-        f'{qualified(group, plural)} "{name}" is forbidden'
+    subject = (
+        f"{qualified(group, plural)} is forbidden"
+        if not name
+        else (f'{qualified(group, plural)} "{name}" is forbidden')
     )
     return ApiError(403, "Forbidden", f"{subject}: {why}", _details(group, plural, name))
 

@@ -218,8 +218,12 @@ class Handler:
         if cont and version not in ("", "0"):
             raise errors.bad_request("specifying resource version is not allowed when using continue")
         if match and not version and not _flag(request.query, "watch"):
-            raise params.invalid_options("ListOptions", "resourceVersionMatch", "Forbidden: resourceVersionMatch is "
-                                         "forbidden unless resourceVersion is provided", "FieldValueForbidden")
+            raise params.invalid_options(
+                "ListOptions",
+                "resourceVersionMatch",
+                "Forbidden: resourceVersionMatch is forbidden unless resourceVersion is provided",
+                "FieldValueForbidden",
+            )
         if version and int(version) > current:
             raise _too_large(int(version), current)
         if match == "Exact" and int(version) != current:
@@ -256,9 +260,7 @@ class Handler:
 
     # -- writing
 
-    async def _write(
-        self, request: web.BaseRequest, target: Target, verb: str, user: Identity
-    ) -> web.StreamResponse:
+    async def _write(self, request: web.BaseRequest, target: Target, verb: str, user: Identity) -> web.StreamResponse:
         core, res, space, name, sub = self._core, target.res, target.space, target.name, target.sub
         options = params.write_options(request.query, verb)
         write = Write(user, dry_run=options.dry_run, validation=options.validation)
@@ -485,7 +487,7 @@ def _item(res: Resource, stored: Stored) -> bytes:
     if res.custom is not None:
         return raw
     prefix = b'{"kind":"' + res.kind.encode() + b'","apiVersion":"' + res.api_version.encode() + b'",'
-    return b"{" + raw[len(prefix):] if raw.startswith(prefix) else raw
+    return b"{" + raw[len(prefix) :] if raw.startswith(prefix) else raw
 
 
 def _flag(query: Mapping[str, str], name: str) -> bool:

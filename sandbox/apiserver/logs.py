@@ -9,8 +9,19 @@ from sandbox.apiserver import errors
 from sandbox.apiserver.core import Core
 from sandbox.client import ApiError, Obj
 
-_KNOWN = {"container", "follow", "previous", "timestamps", "tailLines", "limitBytes", "sinceSeconds", "sinceTime",
-          "pretty", "insecureSkipTLSVerifyBackend", "stream"}
+_KNOWN = {
+    "container",
+    "follow",
+    "previous",
+    "timestamps",
+    "tailLines",
+    "limitBytes",
+    "sinceSeconds",
+    "sinceTime",
+    "pretty",
+    "insecureSkipTLSVerifyBackend",
+    "stream",
+}
 
 
 def _container(pod: Obj, asked: str) -> str:
@@ -37,8 +48,9 @@ def _kubelet(core: Core, node_name: str) -> str:
     addresses = {entry["type"]: entry["address"] for entry in status.get("addresses") or []}
     port = ((status.get("daemonEndpoints") or {}).get("kubeletEndpoint") or {}).get("Port")
     if not port or "InternalIP" not in addresses:
-        raise ApiError(500, "InternalError", f'Internal error occurred: no preferred addresses found for node '
-                       f'"{node_name}"')
+        raise ApiError(
+            500, "InternalError", f'Internal error occurred: no preferred addresses found for node "{node_name}"'
+        )
     return f"http://{addresses['InternalIP']}:{port}"
 
 

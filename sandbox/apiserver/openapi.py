@@ -23,8 +23,19 @@ _SCALARS: dict[str, Obj] = {
     "intstr": {"type": "string", "format": "int-or-string"},
     "any": {"type": "object"},
 }
-_META = frozenset({"ObjectMeta", "OwnerReference", "LabelSelector", "LabelSelectorRequirement", "DeleteOptions",
-                   "Preconditions", "Condition", "ListMeta", "ManagedFieldsEntry"})
+_META = frozenset(
+    {
+        "ObjectMeta",
+        "OwnerReference",
+        "LabelSelector",
+        "LabelSelectorRequirement",
+        "DeleteOptions",
+        "Preconditions",
+        "Condition",
+        "ListMeta",
+        "ManagedFieldsEntry",
+    }
+)
 _PACKAGES = {
     "": "io.k8s.api.core.v1",
     "apiextensions.k8s.io": "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1",

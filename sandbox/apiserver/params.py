@@ -9,16 +9,47 @@ from sandbox.apiserver import errors
 from sandbox.client import ApiError, Obj
 
 Query = Mapping[str, str]
-_KNOWN = frozenset({
-    "allowWatchBookmarks", "continue", "dryRun", "fieldManager", "fieldSelector", "fieldValidation", "force",
-    "gracePeriodSeconds", "includeObject", "labelSelector", "limit", "orphanDependents", "pretty", "propagationPolicy",
-    "resourceVersion", "resourceVersionMatch", "sendInitialEvents", "timeout", "timeoutSeconds", "watch",
-    # of pods/log, which has its own check
-    "container", "follow", "previous", "timestamps", "tailLines", "limitBytes", "sinceSeconds", "sinceTime", "stream",
-    "insecureSkipTLSVerifyBackend",
-    # of pods/exec, which is refused with a reason of its own
-    "command", "stdin", "stdout", "stderr", "tty",
-})
+_KNOWN = frozenset(
+    {
+        "allowWatchBookmarks",
+        "continue",
+        "dryRun",
+        "fieldManager",
+        "fieldSelector",
+        "fieldValidation",
+        "force",
+        "gracePeriodSeconds",
+        "includeObject",
+        "labelSelector",
+        "limit",
+        "orphanDependents",
+        "pretty",
+        "propagationPolicy",
+        "resourceVersion",
+        "resourceVersionMatch",
+        "sendInitialEvents",
+        "timeout",
+        "timeoutSeconds",
+        "watch",
+        # of pods/log, which has its own check
+        "container",
+        "follow",
+        "previous",
+        "timestamps",
+        "tailLines",
+        "limitBytes",
+        "sinceSeconds",
+        "sinceTime",
+        "stream",
+        "insecureSkipTLSVerifyBackend",
+        # of pods/exec, which is refused with a reason of its own
+        "command",
+        "stdin",
+        "stdout",
+        "stderr",
+        "tty",
+    }
+)
 _KINDS = {"create": "CreateOptions", "update": "UpdateOptions", "patch": "PatchOptions"}
 
 

@@ -98,9 +98,7 @@ def _tolerations(spec: Obj, seconds: int) -> None:
     have = spec.get("tolerations") or []
 
     def tolerated(key: str) -> bool:
-        return any(
-            (tol.get("key") or key) == key and tol.get("effect") in (None, "", "NoExecute") for tol in have
-        )
+        return any((tol.get("key") or key) == key and tol.get("effect") in (None, "", "NoExecute") for tol in have)
 
     added = [
         {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds}

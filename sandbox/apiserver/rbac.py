@@ -35,8 +35,10 @@ def _covers(rule: Obj, ask: Ask) -> bool:
     if "*" not in verbs and ask.verb not in verbs:
         return False
     if ask.path:
-        return any(url in ("*", ask.path) or (url.endswith("*") and ask.path.startswith(url[:-1]))
-                   for url in rule.get("nonResourceURLs") or [])
+        return any(
+            url in ("*", ask.path) or (url.endswith("*") and ask.path.startswith(url[:-1]))
+            for url in rule.get("nonResourceURLs") or []
+        )
     groups = rule.get("apiGroups") or []
     if "*" not in groups and ask.group not in groups:
         return False
@@ -100,8 +102,10 @@ class Rules:
 
     def rules_of(self, user: Identity, namespace: str) -> list[Obj]:
         if user.master:
-            return [{"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"]},
-                    {"verbs": ["*"], "nonResourceURLs": ["*"]}]
+            return [
+                {"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"]},
+                {"verbs": ["*"], "nonResourceURLs": ["*"]},
+            ]
         return [rule for _, rules in self._grants(user, namespace) for rule in rules]
 
     def check(self, user: Identity, ask: Ask) -> None:
@@ -109,9 +113,7 @@ class Rules:
         if self.allowed(user, ask) is not None:
             return
         scope = f'in the namespace "{ask.namespace}"' if ask.namespace else "at the cluster scope"
-        why = (
-            f'User "{user.user}" cannot {ask.verb} resource "{ask.resource}" in API group "{ask.group}" {scope}'
-        )
+        why = f'User "{user.user}" cannot {ask.verb} resource "{ask.resource}" in API group "{ask.group}" {scope}'
         name = "" if ask.verb in ("create", "list", "watch", "deletecollection") and not ask.sub else ask.name
         raise errors.forbidden(ask.group, ask.plural, name, why)
 
@@ -132,15 +134,48 @@ class Rules:
 _READ = ["get", "list", "watch"]
 _WRITE = ["create", "delete", "deletecollection", "patch", "update"]
 _VIEW: list[Obj] = [
-    {"apiGroups": [""], "verbs": _READ, "resources": [
-        "configmaps", "endpoints", "persistentvolumeclaims", "pods", "pods/log", "pods/status", "serviceaccounts",
-        "services", "services/status", "events", "limitranges", "resourcequotas", "namespaces"]},
-    {"apiGroups": ["apps"], "verbs": _READ, "resources": [
-        "controllerrevisions", "daemonsets", "daemonsets/status", "deployments", "deployments/scale",
-        "deployments/status", "replicasets", "replicasets/scale", "replicasets/status", "statefulsets",
-        "statefulsets/scale", "statefulsets/status"]},
-    {"apiGroups": ["autoscaling"], "verbs": _READ, "resources": [
-        "horizontalpodautoscalers", "horizontalpodautoscalers/status"]},
+    {
+        "apiGroups": [""],
+        "verbs": _READ,
+        "resources": [
+            "configmaps",
+            "endpoints",
+            "persistentvolumeclaims",
+            "pods",
+            "pods/log",
+            "pods/status",
+            "serviceaccounts",
+            "services",
+            "services/status",
+            "events",
+            "limitranges",
+            "resourcequotas",
+            "namespaces",
+        ],
+    },
+    {
+        "apiGroups": ["apps"],
+        "verbs": _READ,
+        "resources": [
+            "controllerrevisions",
+            "daemonsets",
+            "daemonsets/status",
+            "deployments",
+            "deployments/scale",
+            "deployments/status",
+            "replicasets",
+            "replicasets/scale",
+            "replicasets/status",
+            "statefulsets",
+            "statefulsets/scale",
+            "statefulsets/status",
+        ],
+    },
+    {
+        "apiGroups": ["autoscaling"],
+        "verbs": _READ,
+        "resources": ["horizontalpodautoscalers", "horizontalpodautoscalers/status"],
+    },
     {"apiGroups": ["batch"], "verbs": _READ, "resources": ["cronjobs", "cronjobs/status", "jobs", "jobs/status"]},
     {"apiGroups": ["policy"], "verbs": _READ, "resources": ["poddisruptionbudgets", "poddisruptionbudgets/status"]},
     {"apiGroups": ["networking.k8s.io"], "verbs": _READ, "resources": ["networkpolicies"]},
@@ -149,12 +184,33 @@ _VIEW: list[Obj] = [
 _EDIT: list[Obj] = [
     *_VIEW,
     {"apiGroups": [""], "verbs": [*_READ, *_WRITE], "resources": ["secrets"]},
-    {"apiGroups": [""], "verbs": _WRITE, "resources": [
-        "configmaps", "endpoints", "events", "persistentvolumeclaims", "pods", "serviceaccounts", "services"]},
+    {
+        "apiGroups": [""],
+        "verbs": _WRITE,
+        "resources": [
+            "configmaps",
+            "endpoints",
+            "events",
+            "persistentvolumeclaims",
+            "pods",
+            "serviceaccounts",
+            "services",
+        ],
+    },
     {"apiGroups": [""], "verbs": ["create"], "resources": ["pods/eviction", "serviceaccounts/token"]},
-    {"apiGroups": ["apps"], "verbs": _WRITE, "resources": [
-        "daemonsets", "deployments", "deployments/scale", "replicasets", "replicasets/scale", "statefulsets",
-        "statefulsets/scale"]},
+    {
+        "apiGroups": ["apps"],
+        "verbs": _WRITE,
+        "resources": [
+            "daemonsets",
+            "deployments",
+            "deployments/scale",
+            "replicasets",
+            "replicasets/scale",
+            "statefulsets",
+            "statefulsets/scale",
+        ],
+    },
     {"apiGroups": ["autoscaling"], "verbs": _WRITE, "resources": ["horizontalpodautoscalers"]},
     {"apiGroups": ["batch"], "verbs": _WRITE, "resources": ["cronjobs", "jobs"]},
     {"apiGroups": ["policy"], "verbs": _WRITE, "resources": ["poddisruptionbudgets"]},
@@ -167,8 +223,20 @@ _ADMIN: list[Obj] = [
     {"apiGroups": ["authorization.k8s.io"], "verbs": ["create"], "resources": ["localsubjectaccessreviews"]},
 ]
 _NODE: list[Obj] = [
-    {"apiGroups": [""], "verbs": _READ, "resources": ["services", "pods", "nodes", "configmaps", "secrets",
-                                                     "endpoints", "namespaces", "serviceaccounts"]},
+    {
+        "apiGroups": [""],
+        "verbs": _READ,
+        "resources": [
+            "services",
+            "pods",
+            "nodes",
+            "configmaps",
+            "secrets",
+            "endpoints",
+            "namespaces",
+            "serviceaccounts",
+        ],
+    },
     {"apiGroups": [""], "verbs": ["create", "update", "patch", "delete"], "resources": ["nodes", "pods"]},
     {"apiGroups": [""], "verbs": ["get", "update", "patch"], "resources": ["nodes/status", "pods/status"]},
     {"apiGroups": [""], "verbs": ["create"], "resources": ["pods/eviction", "serviceaccounts/token"]},
@@ -182,8 +250,11 @@ _NODE: list[Obj] = [
 _PUBLIC = ["/healthz", "/livez", "/readyz", "/version", "/version/"]
 _DISCOVERY = ["/api", "/api/*", "/apis", "/apis/*", *_PUBLIC, "/openapi", "/openapi/*"]
 _BASIC: list[Obj] = [
-    {"apiGroups": ["authorization.k8s.io"], "verbs": ["create"],
-     "resources": ["selfsubjectaccessreviews", "selfsubjectrulesreviews"]},
+    {
+        "apiGroups": ["authorization.k8s.io"],
+        "verbs": ["create"],
+        "resources": ["selfsubjectaccessreviews", "selfsubjectrulesreviews"],
+    },
     {"apiGroups": ["authentication.k8s.io"], "verbs": ["create"], "resources": ["selfsubjectreviews"]},
 ]
 CLUSTER_ROLES: dict[str, list[Obj]] = {
@@ -214,5 +285,3 @@ def binding(name: str, groups: tuple[str, ...]) -> Obj:
         "roleRef": {"apiGroup": GROUP, "kind": "ClusterRole", "name": name},
         "subjects": [{"kind": "Group", "apiGroup": GROUP, "name": group} for group in groups],
     }
-
-

@@ -79,8 +79,9 @@ BUILTIN: tuple[Resource, ...] = (
     Resource("", "v1", "bindings", "Binding", verbs=("create",)),
     # Known, but nothing acts on them here: what is written to them is refused (see strategy.UNSUPPORTED).
     _core("persistentvolumes", "PersistentVolume", "pv", namespaced=False, subs=_STATUS),
-    replace(_core("replicationcontrollers", "ReplicationController", "rc", subs=("scale", "status")),
-            categories=("all",)),
+    replace(
+        _core("replicationcontrollers", "ReplicationController", "rc", subs=("scale", "status")), categories=("all",)
+    ),
     Resource("networking.k8s.io", "v1", "ingresses", "Ingress", True, ("ing",), (), _STATUS),
     Resource("storage.k8s.io", "v1", "storageclasses", "StorageClass", False, ("sc",)),
     Resource("events.k8s.io", "v1", "events", "Event", True, ("ev",), alias="events"),
@@ -91,10 +92,12 @@ BUILTIN: tuple[Resource, ...] = (
     Resource("apps", "v1", "controllerrevisions", "ControllerRevision"),
     Resource("batch", "v1", "jobs", "Job", True, (), ("all",), _STATUS),
     Resource("batch", "v1", "cronjobs", "CronJob", True, ("cj",), ("all",), _STATUS),
-    Resource("autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", True, ("hpa",), ("all",),
-             _STATUS),
-    Resource("autoscaling", "v1", "horizontalpodautoscalers", "HorizontalPodAutoscaler", True, ("hpa",), ("all",),
-             _STATUS),
+    Resource(
+        "autoscaling", "v2", "horizontalpodautoscalers", "HorizontalPodAutoscaler", True, ("hpa",), ("all",), _STATUS
+    ),
+    Resource(
+        "autoscaling", "v1", "horizontalpodautoscalers", "HorizontalPodAutoscaler", True, ("hpa",), ("all",), _STATUS
+    ),
     Resource("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", True, ("pdb",), (), _STATUS),
     Resource("coordination.k8s.io", "v1", "leases", "Lease"),
     Resource("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice"),
@@ -104,8 +107,16 @@ BUILTIN: tuple[Resource, ...] = (
     Resource(_RBAC, "v1", "rolebindings", "RoleBinding"),
     Resource(_RBAC, "v1", "clusterroles", "ClusterRole", False),
     Resource(_RBAC, "v1", "clusterrolebindings", "ClusterRoleBinding", False),
-    Resource("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", False,
-             ("crd", "crds"), ("api-extensions",), _STATUS),
+    Resource(
+        "apiextensions.k8s.io",
+        "v1",
+        "customresourcedefinitions",
+        "CustomResourceDefinition",
+        False,
+        ("crd", "crds"),
+        ("api-extensions",),
+        _STATUS,
+    ),
     *(
         Resource("authorization.k8s.io", "v1", plural, kind, plural.startswith("local"), verbs=("create",))
         for plural, kind in (

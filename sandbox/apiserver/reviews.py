@@ -37,12 +37,20 @@ def _access(rules: Rules, user: Identity, spec: Obj, res: Resource) -> Obj:
     resource, path = spec.get("resourceAttributes"), spec.get("nonResourceAttributes")
     if (resource is None) == (path is None):
         why = "exactly one of nonResourceAttributes or resourceAttributes must be specified"
-        raise errors.invalid(res.group, "", "", [errors.Cause("FieldValueInvalid", f"Invalid value: null: {why}",
-                                                              "spec.resourceAttributes")])
+        raise errors.invalid(
+            res.group,
+            "",
+            "",
+            [errors.Cause("FieldValueInvalid", f"Invalid value: null: {why}", "spec.resourceAttributes")],
+        )
     if resource is not None:
         ask = Ask(
-            resource.get("verb", ""), resource.get("group", ""), resource.get("resource", ""),
-            resource.get("namespace", ""), resource.get("name", ""), resource.get("subresource", ""),
+            resource.get("verb", ""),
+            resource.get("group", ""),
+            resource.get("resource", ""),
+            resource.get("namespace", ""),
+            resource.get("name", ""),
+            resource.get("subresource", ""),
         )
     else:
         assert path is not None

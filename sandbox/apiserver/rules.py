@@ -74,6 +74,8 @@ _LABEL_WHY = (
     "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with "
     f"an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '{LABEL}')"
 )
+
+
 def subdomain(text: str) -> list[str]:
     too_long = ["must be no more than 253 characters"] if len(text) > 253 else []
     return too_long + ([] if full(SUBDOMAIN, text) else [_SUBDOMAIN_WHY])
@@ -140,9 +142,9 @@ def qualified_name(text: str, whole: str = "a valid label key") -> list[str]:
         return [f"{whole} {rule} with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')"]
     found = []
     if len(parts) == 2:
-        found = ["prefix part must be non-empty"] if not parts[0] else [
-            f"prefix part {why}" for why in subdomain(parts[0])
-        ]
+        found = (
+            ["prefix part must be non-empty"] if not parts[0] else [f"prefix part {why}" for why in subdomain(parts[0])]
+        )
     name = parts[-1]
     if not name:
         return [*found, "name part must be non-empty"]

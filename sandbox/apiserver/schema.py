@@ -81,7 +81,13 @@ def default(schema: Obj, value: Any) -> None:
 
 
 _TYPES: dict[type, str] = {
-    type(None): "null", bool: "boolean", str: "string", int: "integer", float: "number", list: "array", dict: "object",
+    type(None): "null",
+    bool: "boolean",
+    str: "string",
+    int: "integer",
+    float: "number",
+    list: "array",
+    dict: "object",
 }
 
 
@@ -125,8 +131,9 @@ def validate(schema: Obj, value: Any, path: str = "") -> list[Cause]:
 
 def _wrong_type(path: str, wanted: str, value: Any) -> Cause:
     have = _type(value)
-    return Cause("FieldValueTypeInvalid", f'Invalid value: "{have}": {path} in body must be of type {wanted}: "{have}"',
-                 path)
+    return Cause(
+        "FieldValueTypeInvalid", f'Invalid value: "{have}": {path} in body must be of type {wanted}: "{have}"', path
+    )
 
 
 def _int_or_string(path: str, value: Any) -> Cause:
@@ -193,8 +200,13 @@ def _number(schema: Obj, value: float, path: str) -> list[Cause]:
     multiple = schema.get("multipleOf")
     if multiple:
         if value == 0:  # a peculiarity of the real server's library
-            causes.append(Cause("FieldValueInvalid", f"Invalid value: {_quote(value)}: factor MultipleOf declared for "
-                                f"{path} must be positive: 0", path))
+            causes.append(
+                Cause(
+                    "FieldValueInvalid",
+                    f"Invalid value: {_quote(value)}: factor MultipleOf declared for {path} must be positive: 0",
+                    path,
+                )
+            )
         elif not math.isclose(value / multiple, round(value / multiple)):
             causes.append(_invalid(path, value, f"should be a multiple of {multiple}"))
     low, high = schema.get("minimum"), schema.get("maximum")

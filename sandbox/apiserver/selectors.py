@@ -11,6 +11,8 @@ from sandbox.apiserver.errors import bad_request
 from sandbox.client import ApiError, Obj
 
 Labels = Mapping[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class Requirement:
     """One term; `op` is in, notin, exists, absent, gt or lt."""
@@ -97,7 +99,7 @@ class _Parser:
         value = "" if self._peek() in ("", ",") else self._next()
         if word in "<>" and not re.fullmatch(r"-?\d+", value):
             raise _unparsed(
-                f'values[0]: Invalid value: "{value}": for \'Gt\', \'Lt\' operators, the value must be an integer'
+                f"values[0]: Invalid value: \"{value}\": for 'Gt', 'Lt' operators, the value must be an integer"
             )
         return Requirement(key, _OPS[word], self._checked(key, [value]))
 
@@ -163,17 +165,35 @@ def _path(path: str) -> Callable[[Obj], str]:
 
 # The fields that the real server indexes, per resource; metadata.name and .namespace always are.
 _FIELDS: dict[str, tuple[str, ...]] = {
-    "pods": ("spec.nodeName", "spec.restartPolicy", "spec.schedulerName", "spec.serviceAccountName",
-             "spec.hostNetwork", "status.phase", "status.podIP", "status.nominatedNodeName"),
+    "pods": (
+        "spec.nodeName",
+        "spec.restartPolicy",
+        "spec.schedulerName",
+        "spec.serviceAccountName",
+        "spec.hostNetwork",
+        "status.phase",
+        "status.podIP",
+        "status.nominatedNodeName",
+    ),
     "nodes": ("spec.unschedulable",),
     "namespaces": ("status.phase",),
     "secrets": ("type",),
     "services": ("spec.clusterIP", "spec.type"),
     "jobs.batch": ("status.successful",),
     "replicasets.apps": ("status.replicas",),
-    "events": ("involvedObject.kind", "involvedObject.namespace", "involvedObject.name", "involvedObject.uid",
-               "involvedObject.apiVersion", "involvedObject.resourceVersion", "involvedObject.fieldPath",
-               "reason", "reportingComponent", "source", "type"),
+    "events": (
+        "involvedObject.kind",
+        "involvedObject.namespace",
+        "involvedObject.name",
+        "involvedObject.uid",
+        "involvedObject.apiVersion",
+        "involvedObject.resourceVersion",
+        "involvedObject.fieldPath",
+        "reason",
+        "reportingComponent",
+        "source",
+        "type",
+    ),
 }
 _BOOLEANS = ("spec.unschedulable", "spec.hostNetwork")
 

@@ -65,8 +65,9 @@ def _check_address(obj: Obj, address: str, others: list[Obj]) -> None:
         why = f"failed to allocate IP {address}: the provided network does not match the current range"
         raise _invalid(obj, "spec.clusterIPs", [address], why)
     if any(other.get("clusterIP") == address for other in others):
-        raise _invalid(obj, "spec.clusterIPs", [address], f"failed to allocate IP {address}: provided IP is already "
-                       "allocated")
+        raise _invalid(
+            obj, "spec.clusterIPs", [address], f"failed to allocate IP {address}: provided IP is already allocated"
+        )
 
 
 def _node_ports(obj: Obj, others: list[Obj]) -> None:

@@ -57,11 +57,27 @@ UNSUPPORTED = frozenset({"PersistentVolume", "ReplicationController", "Ingress",
 # Stored, so that manifests can be applied; the client is warned that they have no effect.
 _INERT = frozenset({"CronJob", "NetworkPolicy", "ResourceQuota", "LimitRange", "PersistentVolumeClaim"})
 # Kinds whose rules look into `spec`: it is there, if empty, as a Go struct is.
-_WITH_SPEC = frozenset({
-    "Pod", "Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "Job", "CronJob", "Service", "PodDisruptionBudget",
-    "HorizontalPodAutoscaler", "Lease", "CustomResourceDefinition", "NetworkPolicy", "LimitRange", "ResourceQuota",
-    "PersistentVolumeClaim", "Node",
-})
+_WITH_SPEC = frozenset(
+    {
+        "Pod",
+        "Deployment",
+        "ReplicaSet",
+        "StatefulSet",
+        "DaemonSet",
+        "Job",
+        "CronJob",
+        "Service",
+        "PodDisruptionBudget",
+        "HorizontalPodAutoscaler",
+        "Lease",
+        "CustomResourceDefinition",
+        "NetworkPolicy",
+        "LimitRange",
+        "ResourceQuota",
+        "PersistentVolumeClaim",
+        "Node",
+    }
+)
 _CREATE_ON_UPDATE = frozenset(
     {
         "Lease",

@@ -146,9 +146,14 @@ def _pod(pod: Obj) -> Cells:
     statuses = status.get("containerStatuses") or []
     ready = sum(bool(entry.get("ready")) and "running" in (entry.get("state") or {}) for entry in statuses)
     return [
-        pod["metadata"]["name"], f"{ready}/{len(pod['spec']['containers'])}", pod_status(pod),
-        _restarts([*(status.get("initContainerStatuses") or []), *statuses]), _age(pod),
-        status.get("podIP") or NONE, pod["spec"].get("nodeName") or NONE, status.get("nominatedNodeName") or NONE,
+        pod["metadata"]["name"],
+        f"{ready}/{len(pod['spec']['containers'])}",
+        pod_status(pod),
+        _restarts([*(status.get("initContainerStatuses") or []), *statuses]),
+        _age(pod),
+        status.get("podIP") or NONE,
+        pod["spec"].get("nodeName") or NONE,
+        status.get("nominatedNodeName") or NONE,
         _gates(pod),
     ]
 
@@ -163,13 +168,20 @@ def _node(node: Obj) -> Cells:
     if (node.get("spec") or {}).get("unschedulable"):
         state += ",SchedulingDisabled"
     prefix = "node-role.kubernetes.io/"
-    roles = sorted(key[len(prefix):] for key in meta.get("labels") or {} if key.startswith(prefix) and key != prefix)
+    roles = sorted(key[len(prefix) :] for key in meta.get("labels") or {} if key.startswith(prefix) and key != prefix)
     addresses = {entry["type"]: entry["address"] for entry in reversed(status.get("addresses") or [])}
     info = status.get("nodeInfo") or {}
     return [
-        meta["name"], state, ",".join(roles) or NONE, _age(node), info.get("kubeletVersion", ""),
-        addresses.get("InternalIP", NONE), addresses.get("ExternalIP", NONE), info.get("osImage") or UNKNOWN,
-        info.get("kernelVersion") or UNKNOWN, info.get("containerRuntimeVersion") or UNKNOWN,
+        meta["name"],
+        state,
+        ",".join(roles) or NONE,
+        _age(node),
+        info.get("kubeletVersion", ""),
+        addresses.get("InternalIP", NONE),
+        addresses.get("ExternalIP", NONE),
+        info.get("osImage") or UNKNOWN,
+        info.get("kernelVersion") or UNKNOWN,
+        info.get("containerRuntimeVersion") or UNKNOWN,
     ]
 
 
@@ -193,8 +205,13 @@ def _service(service: Obj) -> Cells:
         for port in spec.get("ports") or []
     ]
     return [
-        service["metadata"]["name"], spec.get("type"), spec.get("clusterIP") or NONE, _external_ip(service),
-        ",".join(ports) or NONE, _age(service), _labels(spec.get("selector")),
+        service["metadata"]["name"],
+        spec.get("type"),
+        spec.get("clusterIP") or NONE,
+        _external_ip(service),
+        ",".join(ports) or NONE,
+        _age(service),
+        _labels(spec.get("selector")),
     ]
 
 
@@ -210,17 +227,26 @@ def _containers(template: Obj) -> list[str]:
 def _deployment(obj: Obj) -> Cells:
     spec, status = obj["spec"], obj.get("status") or {}
     return [
-        obj["metadata"]["name"], f"{status.get('readyReplicas', 0)}/{spec.get('replicas', 0)}",
-        status.get("updatedReplicas", 0), status.get("availableReplicas", 0), _age(obj),
-        *_containers(spec["template"]), selector_text(spec.get("selector")) or NONE,
+        obj["metadata"]["name"],
+        f"{status.get('readyReplicas', 0)}/{spec.get('replicas', 0)}",
+        status.get("updatedReplicas", 0),
+        status.get("availableReplicas", 0),
+        _age(obj),
+        *_containers(spec["template"]),
+        selector_text(spec.get("selector")) or NONE,
     ]
 
 
 def _replicaset(obj: Obj) -> Cells:
     spec, status = obj["spec"], obj.get("status") or {}
     return [
-        obj["metadata"]["name"], spec.get("replicas", 0), status.get("replicas", 0), status.get("readyReplicas", 0),
-        _age(obj), *_containers(spec["template"]), selector_text(spec.get("selector")) or NONE,
+        obj["metadata"]["name"],
+        spec.get("replicas", 0),
+        status.get("replicas", 0),
+        status.get("readyReplicas", 0),
+        _age(obj),
+        *_containers(spec["template"]),
+        selector_text(spec.get("selector")) or NONE,
     ]
 
 
@@ -232,11 +258,19 @@ def _statefulset(obj: Obj) -> Cells:
 
 def _daemonset(obj: Obj) -> Cells:
     spec, status = obj["spec"], obj.get("status") or {}
-    counts = ("desiredNumberScheduled", "currentNumberScheduled", "numberReady", "updatedNumberScheduled",
-              "numberAvailable")
+    counts = (
+        "desiredNumberScheduled",
+        "currentNumberScheduled",
+        "numberReady",
+        "updatedNumberScheduled",
+        "numberAvailable",
+    )
     return [
-        obj["metadata"]["name"], *(status.get(key, 0) for key in counts),
-        _labels((spec["template"].get("spec") or {}).get("nodeSelector")), _age(obj), *_containers(spec["template"]),
+        obj["metadata"]["name"],
+        *(status.get(key, 0) for key in counts),
+        _labels((spec["template"].get("spec") or {}).get("nodeSelector")),
+        _age(obj),
+        *_containers(spec["template"]),
         selector_text(spec.get("selector")) or NONE,
     ]
 
@@ -247,8 +281,13 @@ def _job(obj: Obj) -> Cells:
     wanted, parallel = spec.get("completions"), spec.get("parallelism") or 0
     progress = f"{done}/{wanted}" if wanted is not None else f"{done}/1 of {parallel}" if parallel > 1 else f"{done}/1"
     conditions = {c["type"] for c in status.get("conditions") or [] if c["status"] == "True"}
-    names = {"Complete": "Complete", "Failed": "Failed", "Suspended": "Suspended", "SuccessCriteriaMet":
-             "SuccessCriteriaMet", "FailureTarget": "FailureTarget"}
+    names = {
+        "Complete": "Complete",
+        "Failed": "Failed",
+        "Suspended": "Suspended",
+        "SuccessCriteriaMet": "SuccessCriteriaMet",
+        "FailureTarget": "FailureTarget",
+    }
     state = next((text for type, text in names.items() if type in conditions), "Running")
     if obj["metadata"].get("deletionTimestamp"):
         state = "Terminating"
@@ -256,15 +295,25 @@ def _job(obj: Obj) -> Cells:
     if status.get("startTime"):
         end = _parse(status["completionTime"]) if status.get("completionTime") else datetime.now(UTC)
         duration = human((end - _parse(status["startTime"])).total_seconds())
-    return [obj["metadata"]["name"], state, progress, duration, _age(obj), *_containers(spec["template"]),
-            selector_text(spec.get("selector")) or NONE]
+    return [
+        obj["metadata"]["name"],
+        state,
+        progress,
+        duration,
+        _age(obj),
+        *_containers(spec["template"]),
+        selector_text(spec.get("selector")) or NONE,
+    ]
 
 
 def _pdb(obj: Obj) -> Cells:
     spec = obj["spec"]
     return [
-        obj["metadata"]["name"], str(spec.get("minAvailable", "N/A")), str(spec.get("maxUnavailable", "N/A")),
-        (obj.get("status") or {}).get("disruptionsAllowed", 0), _age(obj),
+        obj["metadata"]["name"],
+        str(spec.get("minAvailable", "N/A")),
+        str(spec.get("maxUnavailable", "N/A")),
+        (obj.get("status") or {}).get("disruptionsAllowed", 0),
+        _age(obj),
     ]
 
 
@@ -277,9 +326,15 @@ def _event(event: Obj) -> Cells:
     seen = f"{age(last)} (x{count} over {age(first)})" if count > 1 and first else age(last)
     origin = ", ".join(filter(None, (source.get("component") or event.get("reportingComponent"), source.get("host"))))
     return [
-        seen, event.get("type", ""), event.get("reason", ""),
-        f"{about.get('kind', '').lower()}/{about.get('name', '')}", about.get("fieldPath", ""), origin,
-        (event.get("message") or "").strip(), age(first), count,
+        seen,
+        event.get("type", ""),
+        event.get("reason", ""),
+        f"{about.get('kind', '').lower()}/{about.get('name', '')}",
+        about.get("fieldPath", ""),
+        origin,
+        (event.get("message") or "").strip(),
+        age(first),
+        count,
         event["metadata"]["name"],
     ]
 
@@ -296,8 +351,13 @@ def _slice(obj: Obj) -> Cells:
     ports = [str(port.get("port", "*")) for port in obj.get("ports") or []]
     addresses = [address for endpoint in obj.get("endpoints") or [] for address in endpoint.get("addresses") or []]
     shown = ",".join(addresses[:3]) + (f" + {len(addresses) - 3} more..." if len(addresses) > 3 else "")
-    return [obj["metadata"]["name"], obj.get("addressType"), ",".join(ports) or "<unset>", shown or "<unset>",
-            _age(obj)]
+    return [
+        obj["metadata"]["name"],
+        obj.get("addressType"),
+        ",".join(ports) or "<unset>",
+        shown or "<unset>",
+        _age(obj),
+    ]
 
 
 def _hpa_metric(obj: Obj) -> str:
@@ -319,9 +379,13 @@ def _hpa_metric(obj: Obj) -> str:
 def _hpa(obj: Obj) -> Cells:
     spec, ref = obj["spec"], obj["spec"]["scaleTargetRef"]
     return [
-        obj["metadata"]["name"], f"{ref['kind']}/{ref['name']}", _hpa_metric(obj),
-        str(spec.get("minReplicas", "<unset>")), spec["maxReplicas"],
-        (obj.get("status") or {}).get("currentReplicas", 0), _age(obj),
+        obj["metadata"]["name"],
+        f"{ref['kind']}/{ref['name']}",
+        _hpa_metric(obj),
+        str(spec.get("minReplicas", "<unset>")),
+        spec["maxReplicas"],
+        (obj.get("status") or {}).get("currentReplicas", 0),
+        _age(obj),
     ]
 
 
@@ -331,8 +395,14 @@ def _binding(obj: Obj) -> Cells:
         return ", ".join((f"{s['namespace']}/" if s.get("namespace") else "") + s["name"] for s in chosen)
 
     ref = obj["roleRef"]
-    return [obj["metadata"]["name"], f"{ref['kind']}/{ref['name']}", _age(obj), names("User"), names("Group"),
-            names("ServiceAccount")]
+    return [
+        obj["metadata"]["name"],
+        f"{ref['kind']}/{ref['name']}",
+        _age(obj),
+        names("User"),
+        names("Group"),
+        names("ServiceAccount"),
+    ]
 
 
 def _cronjob(obj: Obj) -> Cells:
@@ -340,8 +410,15 @@ def _cronjob(obj: Obj) -> Cells:
     last = age(status["lastScheduleTime"]) if status.get("lastScheduleTime") else NONE
     template = spec["jobTemplate"]["spec"]["template"]
     return [
-        obj["metadata"]["name"], spec.get("schedule"), spec.get("timeZone") or NONE, str(bool(spec.get("suspend"))),
-        len(status.get("active") or []), last, _age(obj), *_containers(template), NONE,
+        obj["metadata"]["name"],
+        spec.get("schedule"),
+        spec.get("timeZone") or NONE,
+        str(bool(spec.get("suspend"))),
+        len(status.get("active") or []),
+        last,
+        _age(obj),
+        *_containers(template),
+        NONE,
     ]
 
 
@@ -364,45 +441,67 @@ def _printers() -> dict[str, Printer]:
     bindings = "Name,Role,Age,!Users,!Groups,!ServiceAccounts"
     return {
         "pods": add("Name,Ready,Status,Restarts,Age,!IP,!Node,!Nominated Node,!Readiness Gates", _pod),
-        "nodes": add("Name,Status,Roles,Age,Version,!Internal-IP,!External-IP,!OS-Image,!Kernel-Version,"
-                     "!Container-Runtime", _node),
+        "nodes": add(
+            "Name,Status,Roles,Age,Version,!Internal-IP,!External-IP,!OS-Image,!Kernel-Version,!Container-Runtime",
+            _node,
+        ),
         "services": add("Name,Type,Cluster-IP,External-IP,Port(s),Age,!Selector", _service),
         "configmaps": add("Name,Data,Age", lambda o: [o["metadata"]["name"], data(o), _age(o)]),
         "secrets": add("Name,Type,Data,Age", lambda o: [o["metadata"]["name"], o.get("type"), secrets(o), _age(o)]),
-        "namespaces": add("Name,Status,Age", lambda o: [
-            o["metadata"]["name"], (o.get("status") or {}).get("phase", ""), _age(o)]),
+        "namespaces": add(
+            "Name,Status,Age", lambda o: [o["metadata"]["name"], (o.get("status") or {}).get("phase", ""), _age(o)]
+        ),
         "events": add("Last Seen,Type,Reason,Object,!Subobject,!Source,Message,!First Seen,!Count,!Name", _event),
         "endpoints": add("Name,Endpoints,Age", lambda o: [o["metadata"]["name"], _endpoints_text(o), _age(o)]),
         "deployments.apps": add("Name,Ready,Up-to-date,Available,Age" + _WORKLOAD, _deployment),
         "replicasets.apps": add("Name,Desired:integer,Current:integer,Ready:integer,Age" + _WORKLOAD, _replicaset),
         "statefulsets.apps": add("Name,Ready,Age,!Containers,!Images", _statefulset),
-        "daemonsets.apps": add("Name,Desired:integer,Current:integer,Ready:integer,Up-to-date:integer,"
-                               "Available:integer,Node Selector,Age" + _WORKLOAD, _daemonset),
-        "controllerrevisions.apps": add("Name,Controller,Revision,Age", lambda o: [
-            o["metadata"]["name"], _controller(o), o.get("revision", 0), _age(o)]),
+        "daemonsets.apps": add(
+            "Name,Desired:integer,Current:integer,Ready:integer,Up-to-date:integer,"
+            "Available:integer,Node Selector,Age" + _WORKLOAD,
+            _daemonset,
+        ),
+        "controllerrevisions.apps": add(
+            "Name,Controller,Revision,Age",
+            lambda o: [o["metadata"]["name"], _controller(o), o.get("revision", 0), _age(o)],
+        ),
         "jobs.batch": add("Name,Status,Completions,Duration,Age" + _WORKLOAD, _job),
         "cronjobs.batch": add("Name,Schedule,Timezone,Suspend,Active:integer,Last Schedule,Age" + _WORKLOAD, _cronjob),
         "poddisruptionbudgets.policy": add("Name,Min Available,Max Unavailable,Allowed Disruptions:integer,Age", _pdb),
-        "leases.coordination.k8s.io": add("Name,Holder,Age", lambda o: [
-            o["metadata"]["name"], (o.get("spec") or {}).get("holderIdentity") or "", _age(o)]),
+        "leases.coordination.k8s.io": add(
+            "Name,Holder,Age",
+            lambda o: [o["metadata"]["name"], (o.get("spec") or {}).get("holderIdentity") or "", _age(o)],
+        ),
         "priorityclasses.scheduling.k8s.io": add(
-            "Name,Value:integer,Global-Default:boolean,Age,PreemptionPolicy", lambda o: [
-                o["metadata"]["name"], o.get("value", 0), bool(o.get("globalDefault")), _age(o),
-                o.get("preemptionPolicy")]),
+            "Name,Value:integer,Global-Default:boolean,Age,PreemptionPolicy",
+            lambda o: [
+                o["metadata"]["name"],
+                o.get("value", 0),
+                bool(o.get("globalDefault")),
+                _age(o),
+                o.get("preemptionPolicy"),
+            ],
+        ),
         "endpointslices.discovery.k8s.io": add("Name,AddressType,Ports,Endpoints,Age", _slice),
-        "horizontalpodautoscalers.autoscaling": add(
-            "Name,Reference,Targets,MinPods,MaxPods,Replicas,Age", _hpa),
+        "horizontalpodautoscalers.autoscaling": add("Name,Reference,Targets,MinPods,MaxPods,Replicas,Age", _hpa),
         "rolebindings.rbac.authorization.k8s.io": add(bindings, _binding),
         "clusterrolebindings.rbac.authorization.k8s.io": add(bindings, _binding),
-        "networkpolicies.networking.k8s.io": add("Name,Pod-Selector,Age", lambda o: [
-            o["metadata"]["name"], selector_text((o.get("spec") or {}).get("podSelector")) or NONE, _age(o)]),
+        "networkpolicies.networking.k8s.io": add(
+            "Name,Pod-Selector,Age",
+            lambda o: [o["metadata"]["name"], selector_text((o.get("spec") or {}).get("podSelector")) or NONE, _age(o)],
+        ),
         "customresourcedefinitions.apiextensions.k8s.io": (
             [_col("Name", format="name"), _col("Created At", "date")],
-            lambda o: [o["metadata"]["name"], o["metadata"]["creationTimestamp"]]),
-        "roles.rbac.authorization.k8s.io": ([_col("Name", format="name"), _col("Created At", "date")],
-            lambda o: [o["metadata"]["name"], o["metadata"]["creationTimestamp"]]),
-        "clusterroles.rbac.authorization.k8s.io": ([_col("Name", format="name"), _col("Created At", "date")],
-            lambda o: [o["metadata"]["name"], o["metadata"]["creationTimestamp"]]),
+            lambda o: [o["metadata"]["name"], o["metadata"]["creationTimestamp"]],
+        ),
+        "roles.rbac.authorization.k8s.io": (
+            [_col("Name", format="name"), _col("Created At", "date")],
+            lambda o: [o["metadata"]["name"], o["metadata"]["creationTimestamp"]],
+        ),
+        "clusterroles.rbac.authorization.k8s.io": (
+            [_col("Name", format="name"), _col("Created At", "date")],
+            lambda o: [o["metadata"]["name"], o["metadata"]["creationTimestamp"]],
+        ),
     }
 
 
@@ -418,9 +517,7 @@ _DEFAULT: Printer = (_columns("Name,Age"), _name_age)
 # -- custom resources
 
 
-_STEP = re.compile(
-    r"""\.([\w\0-]+)|\[(\d+|\*)\]|\[\?\(@\.(\w+)\s*==\s*["']([^"']*)["']\)\]|\[['"]([^'"]+)['"]\]"""
-)
+_STEP = re.compile(r"""\.([\w\0-]+)|\[(\d+|\*)\]|\[\?\(@\.(\w+)\s*==\s*["']([^"']*)["']\)\]|\[['"]([^'"]+)['"]\]""")
 
 
 def json_path(obj: Any, path: str) -> Any:
@@ -441,7 +538,7 @@ def _step(values: list[Any], part: tuple[str, ...]) -> list[Any]:
         elif index == "*" and isinstance(value, list):
             found += value
         elif index and isinstance(value, list):
-            found += value[int(index):int(index) + 1]
+            found += value[int(index) : int(index) + 1]
         elif key and isinstance(value, list):
             found += [item for item in value if isinstance(item, dict) and str(item.get(key)) == wanted]
     return found

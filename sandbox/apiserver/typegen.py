@@ -23,25 +23,65 @@ _PREFIX = re.compile(
     r"^(Core|Events|Discovery|Authentication|Rbac|Apiextensions|Storage|Networking|Policy|Autoscaling|Batch|Apps)?"
     r"V\d(?:(?:alpha|beta)\d)?(?=[A-Z])"
 )
-_INT64 = frozenset({
-    "generation", "observedGeneration", "deletionGracePeriodSeconds", "terminationGracePeriodSeconds",
-    "activeDeadlineSeconds", "tolerationSeconds", "expirationSeconds", "runAsUser", "runAsGroup", "fsGroup",
-    "gracePeriodSeconds", "revision", "remainingItemCount", "supplementalGroups", "seconds", "templateGeneration",
-})
+_INT64 = frozenset(
+    {
+        "generation",
+        "observedGeneration",
+        "deletionGracePeriodSeconds",
+        "terminationGracePeriodSeconds",
+        "activeDeadlineSeconds",
+        "tolerationSeconds",
+        "expirationSeconds",
+        "runAsUser",
+        "runAsGroup",
+        "fsGroup",
+        "gracePeriodSeconds",
+        "revision",
+        "remainingItemCount",
+        "supplementalGroups",
+        "seconds",
+        "templateGeneration",
+    }
+)
 # What the models show as plain strings, or as anything.
-_QUANTITY_MAPS = frozenset({
-    "limits", "requests", "capacity", "allocatable", "hard", "used", "default", "defaultRequest", "max", "min",
-    "maxLimitRequestRatio", "overhead", "allocatedResources",
-})
-_QUANTITIES = frozenset({
-    ("ResourceFieldSelector", "divisor"), ("EmptyDirVolumeSource", "sizeLimit"), ("MetricTarget", "averageValue"),
-    ("MetricTarget", "value"),
-})
+_QUANTITY_MAPS = frozenset(
+    {
+        "limits",
+        "requests",
+        "capacity",
+        "allocatable",
+        "hard",
+        "used",
+        "default",
+        "defaultRequest",
+        "max",
+        "min",
+        "maxLimitRequestRatio",
+        "overhead",
+        "allocatedResources",
+    }
+)
+_QUANTITIES = frozenset(
+    {
+        ("ResourceFieldSelector", "divisor"),
+        ("EmptyDirVolumeSource", "sizeLimit"),
+        ("MetricTarget", "averageValue"),
+        ("MetricTarget", "value"),
+    }
+)
 _INT_OR_STRING = frozenset({"maxUnavailable", "maxSurge", "minAvailable", "targetPort"})
 _PORT_OR_NAME = frozenset({"HTTPGetAction", "TCPSocketAction", "NetworkPolicyPort"})
 _MICRO_TIMES = frozenset({"acquireTime", "renewTime", "eventTime", "lastObservedTime"})
-_SCALARS = (("Str", "string"), ("str", "string"), ("Bool", "bool"), ("bool", "bool"), ("Float", "float64"),
-            ("float", "float64"), ("datetime", "time"), ("bytes", "bytes"))
+_SCALARS = (
+    ("Str", "string"),
+    ("str", "string"),
+    ("Bool", "bool"),
+    ("bool", "bool"),
+    ("Float", "float64"),
+    ("float", "float64"),
+    ("datetime", "time"),
+    ("bytes", "bytes"),
+)
 _MORE = {
     "policy/v1/Eviction": "V1Eviction",
     "v1/Binding": "V1Binding",

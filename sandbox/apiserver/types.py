@@ -119,8 +119,16 @@ def _mismatch(value: Any, struct: str, path: str, go_type: str) -> _Wrong:
 
 
 _PYTHON: dict[str, tuple[type, ...]] = {
-    "string": (str,), "bool": (bool,), "int32": (int, float), "int64": (int, float), "float64": (int, float),
-    "intstr": (int, str), "quantity": (int, float, str), "bytes": (str,), "time": (str,), "microtime": (str,),
+    "string": (str,),
+    "bool": (bool,),
+    "int32": (int, float),
+    "int64": (int, float),
+    "float64": (int, float),
+    "intstr": (int, str),
+    "quantity": (int, float, str),
+    "bytes": (str,),
+    "time": (str,),
+    "microtime": (str,),
 }
 
 

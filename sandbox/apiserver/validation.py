@@ -31,10 +31,22 @@ from sandbox.client import Obj
 
 
 _SCALES = {
-    "n": Decimal("1e-9"), "u": Decimal("1e-6"), "m": Decimal("1e-3"), "": Decimal(1), "k": Decimal(10) ** 3,
-    "M": Decimal(10) ** 6, "G": Decimal(10) ** 9, "T": Decimal(10) ** 12, "P": Decimal(10) ** 15,
-    "E": Decimal(10) ** 18, "Ki": Decimal(2) ** 10, "Mi": Decimal(2) ** 20, "Gi": Decimal(2) ** 30,
-    "Ti": Decimal(2) ** 40, "Pi": Decimal(2) ** 50, "Ei": Decimal(2) ** 60,
+    "n": Decimal("1e-9"),
+    "u": Decimal("1e-6"),
+    "m": Decimal("1e-3"),
+    "": Decimal(1),
+    "k": Decimal(10) ** 3,
+    "M": Decimal(10) ** 6,
+    "G": Decimal(10) ** 9,
+    "T": Decimal(10) ** 12,
+    "P": Decimal(10) ** 15,
+    "E": Decimal(10) ** 18,
+    "Ki": Decimal(2) ** 10,
+    "Mi": Decimal(2) ** 20,
+    "Gi": Decimal(2) ** 30,
+    "Ti": Decimal(2) ** 40,
+    "Pi": Decimal(2) ** 50,
+    "Ei": Decimal(2) ** 60,
 }
 
 
@@ -177,11 +189,17 @@ def _toleration(tol: Obj, field: str) -> list[Cause]:
     if tol.get("key"):
         causes += [invalid(f"{field}.key", tol["key"], why) for why in qualified_name(tol["key"])]
     elif operator != "Exists":
-        causes.append(invalid(f"{field}.operator", operator, "operator must be Exists when `key` is empty, which means "
-                              '"match all values and all keys"'))
+        causes.append(
+            invalid(
+                f"{field}.operator",
+                operator,
+                'operator must be Exists when `key` is empty, which means "match all values and all keys"',
+            )
+        )
     if tol.get("tolerationSeconds") is not None and effect != "NoExecute":
-        causes.append(invalid(f"{field}.effect", effect or "",
-                              "effect must be 'NoExecute' when `tolerationSeconds` is set"))
+        causes.append(
+            invalid(f"{field}.effect", effect or "", "effect must be 'NoExecute' when `tolerationSeconds` is set")
+        )
     if operator not in ("Equal", "Exists"):
         causes.append(unsupported(f"{field}.operator", operator, ("Equal", "Exists")))
     elif operator == "Exists" and value:
@@ -266,8 +284,9 @@ def _selector(spec: Obj, field: str = "spec.selector") -> list[Cause]:
         elif operator in ("In", "NotIn") and not expr.get("values"):
             causes.append(required(f"{at}.values", "must be specified when `operator` is 'In' or 'NotIn'"))
         elif operator in ("Exists", "DoesNotExist") and expr.get("values"):
-            causes.append(forbidden(f"{at}.values", "may not be specified when `operator` is 'Exists' or "
-                                    "'DoesNotExist'"))
+            causes.append(
+                forbidden(f"{at}.values", "may not be specified when `operator` is 'Exists' or 'DoesNotExist'")
+            )
     causes += labels(selector.get("matchLabels"), f"{field}.matchLabels")
     if not selector.get("matchLabels") and not selector.get("matchExpressions"):
         why = "empty selector is invalid for "
@@ -387,8 +406,9 @@ def _cronjob(obj: Obj) -> list[Cause]:
     pod = spec["jobTemplate"]["spec"]["template"]["spec"]
     causes += pod_spec(pod, "spec.jobTemplate.spec.template.spec")
     if pod.get("restartPolicy") == "Always":
-        causes.append(required("spec.jobTemplate.spec.template.spec.restartPolicy",
-                               'valid values: "OnFailure", "Never"'))
+        causes.append(
+            required("spec.jobTemplate.spec.template.spec.restartPolicy", 'valid values: "OnFailure", "Never"')
+        )
     return causes
 
 
@@ -601,9 +621,11 @@ def _pod_update(new: Obj, old: Obj) -> list[Cause]:
     """Only images, tolerations added and deadlines may change."""
 
     def fixed(spec: Obj) -> Obj:
-        spec = {key: value for key, value in spec.items() if key not in ("activeDeadlineSeconds", "tolerations",
-                                                                         "terminationGracePeriodSeconds",
-                                                                         "schedulingGates")}
+        spec = {
+            key: value
+            for key, value in spec.items()
+            if key not in ("activeDeadlineSeconds", "tolerations", "terminationGracePeriodSeconds", "schedulingGates")
+        }
         for key in ("containers", "initContainers"):
             if key in spec:
                 spec[key] = [{k: v for k, v in c.items() if k not in ("image", "resources")} for c in spec[key]]
@@ -620,8 +642,15 @@ def _pod_update(new: Obj, old: Obj) -> list[Cause]:
     return causes
 
 
-_STATEFULSET_FREE = ("replicas", "ordinals", "template", "updateStrategy", "revisionHistoryLimit",
-                     "persistentVolumeClaimRetentionPolicy", "minReadySeconds")
+_STATEFULSET_FREE = (
+    "replicas",
+    "ordinals",
+    "template",
+    "updateStrategy",
+    "revisionHistoryLimit",
+    "persistentVolumeClaimRetentionPolicy",
+    "minReadySeconds",
+)
 
 
 def _statefulset_update(new: Obj, old: Obj) -> list[Cause]:
@@ -657,7 +686,9 @@ def _immutable_data(new: Obj, old: Obj) -> list[Cause]:
 def _service_update(new: Obj, old: Obj) -> list[Cause]:
     had, have = old["spec"].get("clusterIPs") or [], new["spec"].get("clusterIPs") or []
     same = new["spec"].get("type") == old["spec"].get("type") or "ExternalName" not in (
-        new["spec"].get("type"), old["spec"].get("type"))
+        new["spec"].get("type"),
+        old["spec"].get("type"),
+    )
     if had and same and have != had:
         return [invalid("spec.clusterIPs[0]", have, "may not change once set")]
     return []

@@ -82,7 +82,7 @@ class Autoscalers(Controller):
         kind = _TARGETS.get(ref["kind"])
         target = self.shared.caches.of(kind).get(ref["name"], key[0]) if kind is not None else None
         if kind is None or target is None:
-            why = f"{ref['kind'].lower()}s \"{ref['name']}\" not found"
+            why = f'{ref["kind"].lower()}s "{ref["name"]}" not found'
             text = f"the HPA controller was unable to get the target's current scale: {why}"
             await self._report(hpa, {"AbleToScale": ("False", "FailedGetScale", text)}, 0, 0)
             self.record(hpa, HPAS, "Warning", "FailedGetScale", text)

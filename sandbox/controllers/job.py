@@ -385,5 +385,3 @@ class JobPods(Controller):
                 if uid(job) == ref["uid"]:
                     return
         await release(self.shared, pod)
-
-

@@ -485,5 +485,3 @@ class PodCollector(Controller):
             if not finished(pod):
                 await disrupt(self.shared, pod, "DeletionByPodGC", "PodGC: node no longer exists", phase="Failed")
             await self.shared.delete(PODS, pod, grace=0)
-
-

@@ -88,8 +88,15 @@ def test_leaving_a_selector_is_a_deletion_to_its_watch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "names"),
-    [("app=x", ["a"]), ("app!=x", ["b", "c"]), ("app", ["a", "b"]), ("!app", ["c"]), ("app in (x,y),tier", ["b"]),
-     ("tier notin (front)", ["a", "c"]), ("size>1", ["b"])],
+    [
+        ("app=x", ["a"]),
+        ("app!=x", ["b", "c"]),
+        ("app", ["a", "b"]),
+        ("!app", ["c"]),
+        ("app in (x,y),tier", ["b"]),
+        ("tier notin (front)", ["a", "c"]),
+        ("size>1", ["b"]),
+    ],
 )
 def test_label_selectors(tmp_path: Path, labels: str, names: list[str]) -> None:
     async def test(one: Cluster) -> None:
@@ -148,8 +155,15 @@ def test_bookmarks_and_the_end_of_a_watch(tmp_path: Path) -> None:
 
 def test_the_three_patches(tmp_path: Path) -> None:
     async def test(one: Cluster) -> None:
-        template = {"metadata": {"labels": {"app": "web"}}, "spec": {"containers": [
-            {"name": "a", "image": "a:1", "env": [{"name": "X", "value": "1"}]}, {"name": "b", "image": "b:1"}]}}
+        template = {
+            "metadata": {"labels": {"app": "web"}},
+            "spec": {
+                "containers": [
+                    {"name": "a", "image": "a:1", "env": [{"name": "X", "value": "1"}]},
+                    {"name": "b", "image": "b:1"},
+                ]
+            },
+        }
         spec = {"replicas": 2, "selector": {"matchLabels": {"app": "web"}}, "template": template}
         await one.api.create(DEPLOYMENTS, {"metadata": {"name": "d"}, "spec": spec}, "default")
 
@@ -175,8 +189,9 @@ def test_the_three_patches(tmp_path: Path) -> None:
         assert made["spec"]["replicas"] == 4
         assert (await refused(one.api.patch(DEPLOYMENTS, "d", ops, "default", type="json"))).code == 422
 
-        status = await one.api.patch(DEPLOYMENTS, "d", {"status": {"replicas": 1}, "spec": {"replicas": 9}}, "default",
-                                     sub="status")
+        status = await one.api.patch(
+            DEPLOYMENTS, "d", {"status": {"replicas": 1}, "spec": {"replicas": 9}}, "default", sub="status"
+        )
         assert (status["status"]["replicas"], status["spec"]["replicas"]) == (1, 4)
         spec_only = await one.api.patch(DEPLOYMENTS, "d", {"status": {"replicas": 8}}, "default")
         assert spec_only["status"]["replicas"] == 1
@@ -194,8 +209,9 @@ def test_custom_resources_are_pruned_defaulted_and_validated(tmp_path: Path) -> 
         assert made["spec"] == {"mode": "one", "size": 3}
         assert "status" not in made
 
-        bad = await refused(one.api.create(WIDGETS, {"metadata": {"name": "v"}, "spec": {"mode": "x", "size": 0}},
-                                           "default"))
+        bad = await refused(
+            one.api.create(WIDGETS, {"metadata": {"name": "v"}, "spec": {"mode": "x", "size": 0}}, "default")
+        )
         assert bad.code == 422
         assert 'spec.mode: Unsupported value: "x": supported values: "one", "all"' in str(bad)
         assert "spec.size in body should be greater than or equal to 1" in str(bad)
@@ -270,8 +286,13 @@ def test_a_budget_refuses_an_eviction(tmp_path: Path) -> None:
             await one.api.patch(PODS, name, {"status": ready}, "default", sub="status")
         budget = {"metadata": {"name": "web"}, "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": "web"}}}}
         await one.api.create(PDBS, budget, "default")
-        counted = {"observedGeneration": 1, "disruptionsAllowed": 1, "currentHealthy": 2, "desiredHealthy": 1,
-                   "expectedPods": 2}
+        counted = {
+            "observedGeneration": 1,
+            "disruptionsAllowed": 1,
+            "currentHealthy": 2,
+            "desiredHealthy": 1,
+            "expectedPods": 2,
+        }
         await one.api.patch(PDBS, "web", {"status": counted}, "default", sub="status")
 
         eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": "a"}}
@@ -304,8 +325,11 @@ def test_rights_are_needed_and_granted_by_roles(tmp_path: Path) -> None:
         rbac = "/apis/rbac.authorization.k8s.io/v1/namespaces/default/"
         role = {"metadata": {"name": "r"}, "rules": [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}]}
         await one.raw("POST", rbac + "roles", json=role)
-        binding = {"metadata": {"name": "b"}, "roleRef": {"kind": "Role", "name": "r"},
-                   "subjects": [{"kind": "User", "name": "jane"}]}
+        binding = {
+            "metadata": {"name": "b"},
+            "roleRef": {"kind": "Role", "name": "r"},
+            "subjects": [{"kind": "User", "name": "jane"}],
+        }
         await one.raw("POST", rbac + "rolebindings", json=binding)
         assert (await one.raw("GET", pods, JANE))[0] == 200
         assert (await one.raw("POST", review, JANE, json=ask))[1]["status"]["allowed"] is True
@@ -342,8 +366,12 @@ def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
         assert (await one.raw("GET", path + "/a"))[0] == 404
         await one.raw("POST", path, json=configmap("a", k="v"))
         version = one.server.core.store.version
-        code, body = await one.raw("PATCH", path + "/a?dryRun=All", json={"data": {"k": "w"}},
-                                   headers={"Content-Type": "application/merge-patch+json"})
+        code, body = await one.raw(
+            "PATCH",
+            path + "/a?dryRun=All",
+            json={"data": {"k": "w"}},
+            headers={"Content-Type": "application/merge-patch+json"},
+        )
         assert (code, body["data"]) == (200, {"k": "w"})
         assert (await one.raw("DELETE", path + "/a?dryRun=All"))[0] == 200
         assert (await one.raw("GET", path + "/a"))[1]["data"] == {"k": "v"}
@@ -375,11 +403,18 @@ def test_unknown_fields_are_warned_of_or_refused(tmp_path: Path) -> None:
 
 def test_what_nothing_acts_on_is_not_accepted(tmp_path: Path) -> None:
     async def test(one: Cluster) -> None:
-        code, body = await one.raw("POST", "/apis/networking.k8s.io/v1/namespaces/default/ingresses",
-                                   json={"metadata": {"name": "i"}, "spec": {}})
+        code, body = await one.raw(
+            "POST",
+            "/apis/networking.k8s.io/v1/namespaces/default/ingresses",
+            json={"metadata": {"name": "i"}, "spec": {}},
+        )
         assert (code, body["reason"]) == (501, "NotImplemented")
-        code, body = await one.raw("PATCH", "/api/v1/namespaces/default/configmaps/a", json={},
-                                   headers={"Content-Type": "application/apply-patch+yaml"})
+        code, body = await one.raw(
+            "PATCH",
+            "/api/v1/namespaces/default/configmaps/a",
+            json={},
+            headers={"Content-Type": "application/apply-patch+yaml"},
+        )
         assert code == 415
         assert "server-side apply is not supported" in body["message"]
 

@@ -73,9 +73,7 @@ spec:
 
         def called(*args: str) -> subprocess.CompletedProcess[str]:
             command = ["kubectl", *args]
-            return subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=20, check=False
-            )
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
 
         def kubectl(*args: str) -> str:
             done = called(*args)
@@ -126,8 +124,10 @@ def test_logs_come_from_the_kubelet_of_the_node(tmp_path: Path) -> None:
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = runner.addresses[0][1]
-        status = {"addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
-                  "daemonEndpoints": {"kubeletEndpoint": {"Port": port}}}
+        status = {
+            "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": port}},
+        }
         await one.raw("POST", "/api/v1/nodes", json={"metadata": {"name": "n1"}, "status": status})
         await one.raw("POST", "/api/v1/namespaces/default/pods", json=pod("p", nodeName="n1"))
         path = one.url + "/api/v1/namespaces/default/pods/p/log"
@@ -150,9 +150,7 @@ def test_protobuf_that_is_not_understood_is_an_error(tmp_path: Path) -> None:
         headers = {"Content-Type": "application/vnd.kubernetes.protobuf"}
         envelope = b"k8s\x00\x0a\x11\x0a\x02v1\x12\x0bConfigMapXY"
         for body in (b"nonsense", envelope, envelope + b"\x12\xff"):
-            code, answer = await one.raw(
-                "POST", "/api/v1/namespaces/default/configmaps", data=body, headers=headers
-            )
+            code, answer = await one.raw("POST", "/api/v1/namespaces/default/configmaps", data=body, headers=headers)
             assert (code, answer["reason"]) == (415, "UnsupportedMediaType")
             assert "does not understand this protobuf body" in answer["message"]
 

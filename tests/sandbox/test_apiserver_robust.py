@@ -24,9 +24,15 @@ BODIES: dict[tuple[str, str, str], Obj] = {
     ("", "v1", "pods"): {
         "spec": {
             "containers": [
-                {"name": "main", "image": "x", "ports": [{"containerPort": 80}], "env": [{"name": "A", "value": "b"}],
-                 "resources": {"limits": {"cpu": "1", "nvidia.com/gpu": 1}}, "readinessProbe": {"httpGet": {"port": 1}},
-                 "volumeMounts": [{"name": "v", "mountPath": "/v"}]}
+                {
+                    "name": "main",
+                    "image": "x",
+                    "ports": [{"containerPort": 80}],
+                    "env": [{"name": "A", "value": "b"}],
+                    "resources": {"limits": {"cpu": "1", "nvidia.com/gpu": 1}},
+                    "readinessProbe": {"httpGet": {"port": 1}},
+                    "volumeMounts": [{"name": "v", "mountPath": "/v"}],
+                }
             ],
             "volumes": [{"name": "v", "emptyDir": {}}],
             "tolerations": [{"key": "a", "operator": "Exists"}],
@@ -40,15 +46,25 @@ BODIES: dict[tuple[str, str, str], Obj] = {
     ("apps", "v1", "statefulsets"): {"spec": {**WORKLOAD, "serviceName": "s"}},
     ("apps", "v1", "daemonsets"): {"spec": WORKLOAD},
     ("batch", "v1", "jobs"): {"spec": {"template": {"spec": {**TEMPLATE["spec"], "restartPolicy": "Never"}}}},
-    ("policy", "v1", "poddisruptionbudgets"): {"spec": {"minAvailable": "50%", "selector": {"matchExpressions": [
-        {"key": "a", "operator": "In", "values": ["b"]}]}}},
-    ("autoscaling", "v2", "horizontalpodautoscalers"): {"spec": {"maxReplicas": 3, "scaleTargetRef": {
-        "apiVersion": "apps/v1", "kind": "Deployment", "name": "d"}}},
+    ("policy", "v1", "poddisruptionbudgets"): {
+        "spec": {
+            "minAvailable": "50%",
+            "selector": {"matchExpressions": [{"key": "a", "operator": "In", "values": ["b"]}]},
+        }
+    },
+    ("autoscaling", "v2", "horizontalpodautoscalers"): {
+        "spec": {"maxReplicas": 3, "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": "d"}}
+    },
     ("coordination.k8s.io", "v1", "leases"): {"spec": {"holderIdentity": "a", "leaseDurationSeconds": 15}},
-    ("discovery.k8s.io", "v1", "endpointslices"): {"addressType": "IPv4", "ports": [{"port": 80}],
-                                                   "endpoints": [{"addresses": ["10.0.0.1"]}]},
-    ("rbac.authorization.k8s.io", "v1", "rolebindings"): {"roleRef": {"kind": "Role", "name": "r"},
-                                                         "subjects": [{"kind": "User", "name": "jane"}]},
+    ("discovery.k8s.io", "v1", "endpointslices"): {
+        "addressType": "IPv4",
+        "ports": [{"port": 80}],
+        "endpoints": [{"addresses": ["10.0.0.1"]}],
+    },
+    ("rbac.authorization.k8s.io", "v1", "rolebindings"): {
+        "roleRef": {"kind": "Role", "name": "r"},
+        "subjects": [{"kind": "User", "name": "jane"}],
+    },
     ("apiextensions.k8s.io", "v1", "customresourcedefinitions"): crd(),
     ("example.dev", "v1", "widgets"): {"spec": {"mode": "one", "size": 2}},
 }
@@ -146,9 +162,18 @@ def test_selectors_that_make_no_sense(text: str) -> None:
 
 
 def test_pruning_reports_what_it_drops() -> None:
-    wanted = {"type": "object", "properties": {"spec": {"type": "object", "properties": {
-        "list": {"type": "array", "items": {"type": "object", "properties": {"a": {"type": "string"}}}},
-        "free": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}}}}
+    wanted = {
+        "type": "object",
+        "properties": {
+            "spec": {
+                "type": "object",
+                "properties": {
+                    "list": {"type": "array", "items": {"type": "object", "properties": {"a": {"type": "string"}}}},
+                    "free": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+                },
+            }
+        },
+    }
     unknown: list[str] = []
     body = {"kind": "K", "metadata": {"x": 1}, "spec": {"list": [{"a": "1", "b": 2}], "free": {"y": 1}, "z": 1}}
     kept = schema.prune(wanted, body, unknown)

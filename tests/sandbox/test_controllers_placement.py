@@ -138,9 +138,7 @@ def test_missing_topology_label() -> None:
 
 def test_load_is_balanced_without_constraints() -> None:
     states = [state_of(node(n), ()) for n in "abc"]
-    assert sorted(placed(6, states, containers=[{"name": "c", "resources": {"requests": {"cpu": "1"}}}])) == [
-        *"aabbcc"
-    ]
+    assert sorted(placed(6, states, containers=[{"name": "c", "resources": {"requests": {"cpu": "1"}}}])) == [*"aabbcc"]
 
 
 def test_anti_affinity_keeps_apart_both_ways() -> None:
