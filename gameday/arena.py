@@ -29,7 +29,7 @@ from sandbox.up import SandboxError
 SANDBOX_CONTEXT = "gameday-sandbox"
 
 # What a rehearsal on compressed clocks can afford; everything is a setting and may be overridden (seconds).
-REHEARSAL = {"steady": 8.0, "hold": 8.0, "stop_after": 15.0, "heal_within": 30.0}
+REHEARSAL = {"steady": 10.0, "hold": 8.0, "stop_after": 15.0, "heal_within": 30.0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,10 +120,20 @@ def say_steps(recovery: Recovery) -> str:
     return "; ".join(p for p in (within, f"later {later}" if later else "") if p)
 
 
+SPOKEN = frozenset({"run went wrong", "stop condition", "run could not see"})
+"""Objectives of findings that stem from a note made while the run went on: the cause, not its consequences."""
+
+
 def reasons(judgement: Judgement) -> tuple[str, ...]:
-    """Why it is not PASS: the findings that decide, the worst first."""
+    """Why it is not PASS: the findings that decide, the worst first.
+
+    Where the run itself was not sound, only that decides; what was said aloud while it ran comes first.
+    """
     bad = [f for f in judgement.findings if f.status is not Verdict.PASS]
-    bad.sort(key=lambda f: -f.status.rank)
+    unsound = [f for f in bad if f.phase == "run"]
+    if judgement.verdict is not Verdict.FAIL:
+        bad = unsound or bad
+    bad.sort(key=lambda f: (-f.status.rank, f.objective not in SPOKEN))
     said = tuple(f"{f.phase}: {f.objective} · {because(f)}" for f in bad)
     if not said and not judgement.passed:
         return ("no finding says why",)
