@@ -150,7 +150,14 @@ def _reply(rng: random.Random, seq: int, t: float, cls: str, detail: str) -> Rep
             finish_reason=None, got_done=False, pod=None, zone=None, detail=detail or f"zone b: {outcome}",
         )  # fmt: skip
     if t + length > END + 3:
-        return replace(whole, t_end=END + 3, t_last_progress=END + 2.9, outcome=Outcome.CENSORED, finish_reason=None, got_done=False)
+        return replace(
+            whole,
+            t_end=END + 3,
+            t_last_progress=END + 2.9,
+            outcome=Outcome.CENSORED,
+            finish_reason=None,
+            got_done=False,
+        )
     return whole
 
 
