@@ -65,8 +65,8 @@ HANGS = frozenset({46, 62, 109, 119, 120})
 class Xid:
     """Xid `code` strikes one node that runs an engine on its GPUs, drawn by the seed.
 
-    79 fails every pod with GPUs on the node and takes the GPUs out of allocatable; 13 kills the engine's
-    container. The signal is a kernel-log line, written by a Job pinned to the node.
+    79 ends every process with GPUs on the node, keeps it from coming back, and takes the GPUs out of allocatable;
+    13 kills the engine's container. The signal is a kernel-log line, written by a Job pinned to the node.
     """
 
     code: int
@@ -121,7 +121,7 @@ class Xid:
                     "Real: the kernel-log line reaches the node's detector; the processes that held the GPU end.",
                     "Emulated: no GPU failed; "
                     + (
-                        "pods are failed by a pause image, and allocatable is patched in the node's status "
+                        "processes are killed, a pause image keeps them away, and allocatable is patched in the status "
                         "(on a real cluster the kubelet would post its own value again within seconds)."
                         if entry.effect == "gpu gone"
                         else "the container is killed as the driver would end its process."
@@ -190,7 +190,8 @@ def _pod_failure(view: View, hit: tuple[Pod, ...], lasting: float) -> tuple[Appl
 
 
 def _container_kill(view: View, engine: Pod, lasting: float) -> tuple[Apply, Undo]:
-    metadata = view.metadata("container-kill")
+    what = f"container-kill-{engine.name}"
+    metadata = view.metadata(what)
     spec = {
         "action": "container-kill",
         "mode": "all",
@@ -198,5 +199,5 @@ def _container_kill(view: View, engine: Pod, lasting: float) -> tuple[Apply, Und
         "selector": selector_of(view.namespace, (engine,)),
         "duration": duration(lasting),
     }
-    act = Apply("container-kill", PODCHAOS, chaos(PODCHAOS, metadata, spec), 1, Dead((engine.key,)))
-    return act, delete(PODCHAOS, metadata, "container-kill")
+    act = Apply(what, PODCHAOS, chaos(PODCHAOS, metadata, spec), 1, Dead((engine.key,)))
+    return act, delete(PODCHAOS, metadata, what)

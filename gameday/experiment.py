@@ -26,6 +26,7 @@ from gameday.model import Counts, Finding, Judgement, Verdict
 from gameday.objectives import Objective, Objectives
 from gameday.run import Arena, Session, Spec
 from gameday.toolkit import execute
+from gameday.trials import pool
 from loadgen.traffic import Traffic
 from reports import console, html, junit, markdown
 from reports.live import Live
@@ -82,7 +83,11 @@ class Run:
                 with Uncaptured(self._item.config):
                     dry_run(arena, spec)
                 pytest.skip("dry run: manifests validated, nothing applied")
-            return [self._trial(arena, spec, trial) for trial in range(1, arena.settings.trials + 1)]
+            judged = [self._trial(arena, spec, trial) for trial in range(1, arena.settings.trials + 1)]
+            if len(judged) > 1:
+                with Uncaptured(self._item.config):
+                    arena.say(f"{spec.name}: {pool(judged).story}")
+            return judged
         except MissingCapability as missing:
             if missing.name in (self._options.get("allow_missing") or ()):
                 pytest.skip(f"{missing.name} is missing, which --allow-missing accepts: {missing}")

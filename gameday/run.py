@@ -639,6 +639,10 @@ class Session:
         return self.judgement
 
     @property
+    def allow_missing(self) -> tuple[str, ...]:
+        return self._settings.allow_missing
+
+    @property
     def judgeable(self) -> bool:
         """Whether it came so far that there is a record to judge."""
         return self._plan is not None
@@ -682,6 +686,8 @@ class Session:
         self._mark(Step.CLEAN, not left, detail=detail)
 
     def _clean_ledger(self, ledger: Ledger) -> list[str]:
+        for entry in self._probers:  # all at once, then each is waited for
+            self._cluster.delete(PODS, entry.name, entry.namespace, grace=1)
         for entry in self._probers:
             try:
                 undoing.undo(self._cluster, entry, within=self._settings.heal_within)

@@ -25,7 +25,7 @@ from chaoslib.run import RunEventHandler
 from chaoslib.types import Strategy
 
 import faults
-from gameday.errors import ExperimentError, GamedayError
+from gameday.errors import ExperimentError, GamedayError, MissingCapability
 from gameday.objectives import Objectives
 from gameday.run import Session, Spec
 from loadgen.traffic import Traffic
@@ -260,6 +260,8 @@ def execute(session: Session, title: str, seed: int) -> int | None:
 
 def _reraise(crash: BaseException | None, session: Session) -> None:
     """An error that is part of the record is judged with it; anything else is the caller's to show."""
+    if isinstance(crash, MissingCapability) and crash.name in session.allow_missing:
+        raise crash
     if crash is not None and not (session.judgeable and isinstance(crash, GamedayError)):
         raise crash
 

@@ -30,7 +30,8 @@ MAX_TARGETS = 16  # per prober and side: enough to tell, few enough to be quiet
 
 # Runs in the prober pod, on any Python ≥ 3.8 and nothing else; bounded by its own deadline.
 SCRIPT = r"""
-import json, select, socket, sys, time
+import json, select, signal, socket, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as PID 1 there is no default
 targets, every, patience, lasts = json.loads(sys.argv[1]), *map(float, sys.argv[2:5])
 listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

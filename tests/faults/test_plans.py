@@ -158,7 +158,9 @@ def test_a_cut_includes_our_probers_on_both_sides() -> None:
 
 def test_xid_79_signals_first_and_takes_the_gpus_out_of_allocatable() -> None:
     plan = Xid(79, lasting=30).plan(view())
-    assert [act.what for act in plan.acts] == ["signal", "allocatable", "pod-failure"]
+    hit = plan.facts.pods[0].removeprefix("llm/")
+    assert [act.what for act in plan.acts[:3]] == ["signal", "allocatable", f"container-kill-{hit}"]
+    assert plan.acts[-1].what == "pod-failure" and plan.undos[0].what == "pod-failure"
     signal = plan.acts[0]
     assert isinstance(signal, Job) and isinstance(signal.proof, Detected)
     node = plan.facts.nodes[0]
@@ -173,7 +175,7 @@ def test_xid_79_signals_first_and_takes_the_gpus_out_of_allocatable() -> None:
 
 def test_xid_13_kills_one_container_and_leaves_the_node_alone() -> None:
     plan = Xid(13, lasting=20).plan(view())
-    assert [act.what for act in plan.acts] == ["signal", "container-kill"]
+    assert [act.what for act in plan.acts] == ["signal", f"container-kill-{plan.facts.pods[0].removeprefix('llm/')}"]
     assert plan.facts.one_shot and len(plan.facts.pods) == 1
 
 
