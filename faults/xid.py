@@ -99,15 +99,15 @@ class Xid:
         signal = self._signal(view, node, entry)
         acts: list[Act] = [Job("signal", signal, Detected(node.name, self.code))]
         undos = [Undo("delete", "signal", signal["metadata"]["name"], kind=JOBS.kind, namespace=view.namespace)]
-        effect, undo = _container_kill(view, engine, self.lasting)
+        effects = [_container_kill(view, pod, self.lasting) for pod in hit]
         if entry.effect == "gpu gone":
-            effect, undo = _pod_failure(view, hit, self.lasting)
+            # A container that merely restarts would find a healthy GPU; a pod that merely fails would stop gracefully.
+            effects.append(_pod_failure(view, hit, self.lasting))
             acts.append(Allocatable(node.name, GPU, "0"))
-            undos.append(
-                Undo("allocatable", "allocatable", node.name, uid=node.uid, resource=GPU, value=str(node.gpus))
-            )
-        acts.append(effect)
-        undos.insert(0, undo)
+            offered = str(node.gpus)
+            undos.append(Undo("allocatable", "allocatable", node.name, uid=node.uid, resource=GPU, value=offered))
+        acts += [act for act, _ in effects]
+        undos[:0] = [undo for _, undo in reversed(effects)]
         return Plan(
             facts=FaultFacts(
                 name=f"GPU Xid {self.code}",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import click
-from sandbox.up import SandboxError
 
 from gameday import arena as arena_, record, settings as settings_
 from gameday.errors import GamedayError, RecordError
@@ -25,6 +24,7 @@ from loadgen import selftest
 from probes.prometheus import Prometheus
 from reports import console, html
 from sandbox import options as sandbox_options, up as sandbox_up
+from sandbox.up import SandboxError
 
 P = ParamSpec("P")
 R = TypeVar("R")
