@@ -1,0 +1,54 @@
+"""Figures of a rehearsal, from its record: `python benchmarks/rehearsal.py runs/<id>` (default: the newest).
+
+Per experiment: apply → injected (control proof), apply → effect seen, undo → healed, the measured recovery, requests.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: it has a loadgen.py
+
+from gameday import record  # noqa: E402
+from gameday.model import FaultMark, Step, Timeline  # noqa: E402
+
+
+def first(timeline: Timeline, step: Step) -> float | None:
+    """The step's first mark after the first harm; None where there is none."""
+    marks = [e for e in timeline.events if isinstance(e, FaultMark) and e.step is step]
+    harm = min((e.t for e in timeline.events if isinstance(e, FaultMark) and e.step is Step.APPLY), default=None)
+    return min((e.t for e in marks if harm is None or e.t >= harm), default=None)
+
+
+def took(start: float | None, end: float | None) -> str:
+    return "–" if start is None or end is None else f"{(end - start) * 1000:.0f} ms"
+
+
+def main(root: Path) -> None:
+    print(
+        f"{root}\n{'experiment':<16}{'verdict':<14}{'injected':>10}{'effect':>10}{'healed':>10}   recovery (s)   ok / failed"
+    )
+    for directory in sorted(path.parent for path in root.glob("*/verdict.json")):
+        timeline, _ = record.load(directory)
+        verdict = record.read_verdict(directory)
+        apply = first(timeline, Step.APPLY)
+        cells = [took(apply, first(timeline, step)) for step in (Step.INJECTED, Step.EFFECT)]
+        cells.append(took(first(timeline, Step.UNDO), first(timeline, Step.HEALED)))
+        back = verdict.recovery
+        seen = (
+            "not seen"
+            if back is None or back.seconds is None
+            else f"{back.seconds:.2f} ({back.low:.2f}–{back.high:.2f})"
+        )
+        counts = f"{verdict.counts.ok} / {verdict.counts.failed}"
+        print(
+            f"{directory.name:<16}{verdict.verdict:<14}{''.join(f'{cell:>10}' for cell in cells)}   {seen:<18}{counts}"
+        )
+
+
+if __name__ == "__main__":
+    roots = sorted(Path("runs").glob("*/"))
+    if len(sys.argv) < 2 and not roots:
+        sys.exit("No run directory: run `make gameday` first, or name one.")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else roots[-1])
