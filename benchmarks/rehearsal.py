@@ -36,11 +36,9 @@ def main(root: Path) -> None:
         cells = [took(apply, first(timeline, step)) for step in (Step.INJECTED, Step.EFFECT)]
         cells.append(took(first(timeline, Step.UNDO), first(timeline, Step.HEALED)))
         back = verdict.recovery
-        seen = (
-            "not seen"
-            if back is None or back.seconds is None
-            else f"{back.seconds:.2f} ({back.low:.2f}–{back.high:.2f})"
-        )
+        seen = "not seen"
+        if back is not None and back.seconds is not None:
+            seen = f"{back.seconds:.2f} ({back.low:.2f}–{back.high:.2f})"
         counts = f"{verdict.counts.ok} / {verdict.counts.failed}"
         print(
             f"{directory.name:<16}{verdict.verdict:<14}{''.join(f'{cell:>10}' for cell in cells)}   {seen:<18}{counts}"

@@ -1,4 +1,4 @@
-"""Figures of the sandbox: how long up and down take, and what it costs when idle. `python benchmarks/sandbox.py [TIMES]`
+"""Figures of the sandbox: how long up and down take, what it costs when idle. `python benchmarks/sandbox.py [TIMES]`
 
 Up: 3 zones, 6 nodes, 6 engines and 3 gateways Ready, Prometheus scraping all of them (the target is ≤ 10 s).
 """

@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from typing import Any
 from gameday import clock
 from gameday.errors import LoadError
 from gameday.model import Heartbeat, LoadEnd, Reply
-from loadgen import records, target as target_
+from loadgen import records, target as target_, wire
+from loadgen.far import Far, Offset
 from loadgen.plan import Plan
 
 READY_WITHIN = 30.0
@@ -61,8 +62,6 @@ class _Proc:
     buf: bytes = b""
     in_flight: int = 0
     silent: int = 0
-    ended: bool = False
-    end: LoadEnd | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -71,39 +70,43 @@ class _Proc:
 
 
 class Load:
-    """Running workers. Not thread-safe: one thread leads it."""
+    """Running workers, here and elsewhere. Not thread-safe: one thread leads it."""
 
-    def __init__(self, procs: tuple[_Proc, ...]) -> None:
+    def __init__(self, procs: tuple[_Proc, ...], far: tuple[Far, ...] = ()) -> None:
         self._procs = procs
+        self._far = far
 
     def begin(self, at: clock.Instant) -> None:
         """All workers count the plan's time from `at`."""
+        for far in self._far:
+            far.begin(at)
         for proc in self._procs:
             _tell(proc, {"begin": at})
 
     def alive(self) -> bool:
         """False as soon as one worker is gone."""
-        return all(p.process.poll() is None for p in self._procs)
+        return all(p.process.poll() is None for p in self._procs) and all(f.running for f in self._far)
+
+    def clocks(self) -> Mapping[str, Offset]:
+        """By address, how the clocks of workers elsewhere differ from ours, and how surely."""
+        return {f.address: f.best for f in self._far if f.offsets}
 
     def poll(self) -> Tail:
         """New replies and heartbeats since the last call; never waits."""
         for proc in self._procs:
             _listen(proc)
-        replies = tuple(r for p in self._procs for r in p.replies.replies())
-        beats: list[Heartbeat] = []
-        for proc in self._procs:
-            for event in proc.load.events():
-                if isinstance(event, Heartbeat):
-                    beats.append(event)
-                else:
-                    proc.end = event
-        return Tail(replies, tuple(beats), sum(p.in_flight for p in self._procs), sum(p.silent for p in self._procs))
+        all_: tuple[_Proc | Far, ...] = (*self._procs, *self._far)
+        replies = tuple(r for w in all_ for r in w.replies.replies())
+        beats = tuple(e for w in all_ for e in w.load.events() if isinstance(e, Heartbeat))
+        return Tail(replies, beats, sum(w.in_flight for w in all_), sum(w.silent for w in all_))
 
     def stop(self, within: float) -> tuple[LoadEnd, ...]:
         """Stop arrivals, wait up to `within` seconds for what is under way, censor the rest, end the workers.
 
         A later `poll` still gives the last replies. Raises LoadError when a worker was lost: then the run is not sound.
         """
+        for far in self._far:
+            far.stop(within)
         for proc in self._procs:
             with contextlib.suppress(LoadError):
                 _tell(proc, {"stop": within})
@@ -111,8 +114,16 @@ class Load:
         for proc in self._procs:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 proc.process.wait(max(0.1, until - clock.now()))
+        for far in self._far:
+            far.wait(max(0.1, until + GRACE - clock.now()))
         self.kill()
-        return tuple(_account(p) for p in self._procs)
+        ends = tuple(_account(p) for p in self._procs) + tuple(f.account() for f in self._far)
+        for end in ends:
+            if end.planned != end.ok + end.failed + end.shed + end.censored:
+                raise LoadError(
+                    f"load worker {end.worker} planned {end.planned} requests and cannot account for all of them: {end}"
+                )
+        return ends
 
     def kill(self) -> None:
         """End the workers at once; their account may be missing then."""
@@ -121,6 +132,8 @@ class Load:
                 proc.process.send_signal(signal.SIGKILL)
             proc.process.wait()
             proc.sock.close()
+        for far in self._far:
+            far.close()  # without a leader it stops by itself
 
 
 def start(
@@ -138,50 +151,88 @@ def start(
     headers: Mapping[str, str] | None = None,
     ca_file: Path | None = None,
     silent_after: float = 2.0,
+    metrics_port: int = 0,
+    remote: Sequence[str] = (),
+    remote_token_file: Path | None = None,
+    remote_ca: Path | None = None,
+    number: int = 0,
+    of: int | None = None,
 ) -> Load:
     """Start `workers` Locust processes that have read the plan and wait for `begin`.
 
-    Records go to `out`. Raises LoadError, before any load, for a bad plan, URL, key or CA file, and when a worker
-    does not come up.
+    Records go to `out`. With a `metrics_port`, worker n serves /metrics on 127.0.0.1 at that port + n.
+    `remote` are addresses of `gameday load worker`s on other machines, which take their share as well; `remote_ca`
+    makes us speak TLS with them. Workers are numbered from `number` on, and send their shares `of` so many (by
+    default all that are started here). Raises LoadError, before any load, for a bad plan, URL, key or CA file, and
+    when a worker does not come up.
     """
-    if workers < 1:
+    if workers < 0 or workers + len(remote) < 1:
         raise LoadError(f"the load needs at least one worker, not {workers}")
+    if metrics_port and not 0 < metrics_port <= 65535 - workers:
+        raise LoadError(f"{metrics_port} is not a port that /metrics can be served on")
     Plan.read(plan_path)
     target_.parse(target, model, headers=headers, ca_file=str(ca_file) if ca_file else None).tls()
     target_.read_key(api_key_file, api_key_env)
+    token = _token(remote, remote_token_file)
     out.mkdir(parents=True, exist_ok=True)
-    common = {
-        "plan": str(plan_path),
+    abroad = {
         "target": target,
         "model": model,
-        "out": str(out),
-        "workers": workers,
+        "workers": of or workers + len(remote),
         "served_by": served_by,
         "served_zone": served_zone,
         "served_via": served_via,
         "headers": dict(headers or {}),
+        "silent_after": silent_after,
+    }
+    common = {
+        **abroad,
+        "plan": str(plan_path),
+        "out": str(out),
         "api_key_file": str(api_key_file) if api_key_file else None,
         "api_key_env": api_key_env,
         "ca_file": str(ca_file) if ca_file else None,
-        "silent_after": silent_after,
     }
-    load = Load(tuple(_spawn(n, target, out) for n in range(workers)))
+    load = Load((), ())
     try:
+        for n, address in enumerate(remote, number + workers):
+            _clean(out, n)
+            load._far += (Far(n, address, token, remote_ca, out),)
+        for n in range(number, number + workers):
+            load._procs += (_spawn(n, target, out),)
+        for far in load._far:
+            far.give({**abroad, "worker": far.number}, plan_path)
         for proc in load._procs:
-            _tell(proc, {"job": {**common, "worker": proc.number}})
-        until = clock.now() + READY_WITHIN
-        for proc in load._procs:
-            _await_ready(proc, until)
+            port = metrics_port and metrics_port + proc.number
+            _tell(proc, {"job": {**common, "worker": proc.number, "metrics_port": port}})
+        _await_all(load, clock.now() + READY_WITHIN)
     except BaseException:
         load.kill()
         raise
     return load
 
 
+def _token(remote: Sequence[str], file: Path | None) -> str:
+    if not remote:
+        return ""
+    for address in remote:
+        wire.split(address)
+    if len(set(remote)) != len(remote):
+        raise LoadError(f"a worker elsewhere takes one share, and is named once: {', '.join(remote)}")
+    if file is None:
+        raise LoadError("workers on other machines need a token: --token-file")
+    return wire.read_token(file)
+
+
+def _clean(out: Path, number: int) -> None:
+    """Never take an earlier run's records for this one's."""
+    for path in (records.replies_path(out, number), records.load_path(out, number)):
+        path.unlink(missing_ok=True)
+
+
 def _spawn(number: int, target: str, out: Path) -> _Proc:
     mine, theirs = socket.socketpair()
-    for path in (records.replies_path(out, number), records.load_path(out, number)):
-        path.unlink(missing_ok=True)  # never take an earlier run's records for this one's
+    _clean(out, number)
     log = out / f"locust.{number}.log"
     command = [sys.executable, "-m", "locust", "-f", str(_ROOT / "loadgen" / "locustfile.py"), "--headless"]
     command += ["--users", "1", "--spawn-rate", "1", "--host", target, "--exit-code-on-error", "0", "--only-summary"]
@@ -244,6 +295,16 @@ def _listen(proc: _Proc, wait: float = 0.0) -> bool:
     return bool(data)
 
 
+def _await_all(load: Load, until: float) -> None:
+    for proc in load._procs:
+        _await_ready(proc, until)
+    for far in load._far:
+        if not far.ready.wait(max(0.1, until - clock.now())):
+            raise LoadError(f"{far.name} was not ready within {READY_WITHIN:.0f} s")
+        if far.why:
+            raise LoadError(f"{far.name}: {far.why}")
+
+
 def _await_ready(proc: _Proc, until: float) -> None:
     while not proc.messages:
         left = until - clock.now()
@@ -257,7 +318,7 @@ def _await_ready(proc: _Proc, until: float) -> None:
 
 
 def _account(proc: _Proc) -> LoadEnd:
-    """The worker's own account, held against itself."""
+    """The worker's own account."""
     last = records.Follower(records.load_path(proc.log.parent, proc.number))
     try:
         ends = [e for e in last.events() if isinstance(e, LoadEnd)]
@@ -265,7 +326,4 @@ def _account(proc: _Proc) -> LoadEnd:
         last.close()
     if len(ends) != 1:
         raise _lost(proc)
-    end = ends[0]
-    if end.planned != end.ok + end.failed + end.shed + end.censored:
-        raise LoadError(f"{proc.name} planned {end.planned} requests and cannot account for all of them: {end}")
-    return end
+    return ends[0]

@@ -26,6 +26,7 @@ from gameday.model import LoadEnd
 from loadgen import records, target as target_
 from loadgen.client import Call, Client
 from loadgen.engine import Arrival, Engine, Walk
+from loadgen.metrics import Metrics
 from loadgen.plan import Plan
 from loadgen.prompts import Bodies
 
@@ -51,6 +52,7 @@ class Job:
     api_key_file: str | None = None
     api_key_env: str | None = None
     ca_file: str | None = None
+    metrics_port: int = 0  # 0: none
     silent_after: float = 2.0  # seconds without a token after which a request under way is reported as silent
 
     def to_json(self) -> dict[str, object]:
@@ -68,6 +70,20 @@ class Job:
             api_key=key,
             ca_file=self.ca_file,
         )
+
+
+_Hear = Callable[[Call], None]
+
+
+def _both(one: _Hear | None, other: _Hear | None) -> _Hear | None:
+    if one is None or other is None:
+        return one or other
+
+    def both(call: Call) -> None:
+        one(call)
+        other(call)
+
+    return both
 
 
 class Worker:
@@ -112,13 +128,17 @@ class Worker:
         target = job.target_of()
         bodies = Bodies(plan, target)
         out = Path(job.out)
+        metrics = Metrics() if job.metrics_port else None
+        if metrics is not None:
+            metrics.serve(job.metrics_port)
         self._engine = Engine(
             Client(target),
             worker=job.worker,
             in_flight_max=max(1, plan.traffic.in_flight_max // job.workers),
             replies=records.Writer(records.replies_path(out, job.worker)),
             load=records.Writer(records.load_path(out, job.worker)),
-            on_end=self._on_end,
+            on_end=_both(self._on_end, metrics.reply if metrics else None),
+            on_beat=metrics.beat if metrics else None,
         )
         self._within = max(c.deadlines.total for c in plan.classes)
         classes = plan.classes
