@@ -26,9 +26,8 @@ def took(start: float | None, end: float | None) -> str:
 
 
 def main(root: Path) -> None:
-    print(
-        f"{root}\n{'experiment':<16}{'verdict':<14}{'injected':>10}{'effect':>10}{'healed':>10}   recovery (s)   ok / failed"
-    )
+    columns = f"{'experiment':<16}{'verdict':<14}{'injected':>10}{'effect':>10}{'healed':>10}"
+    print(f"{root}\n{columns}   recovery (s)      ok / failed")
     for directory in sorted(path.parent for path in root.glob("*/verdict.json")):
         timeline, _ = record.load(directory)
         verdict = record.read_verdict(directory)

@@ -20,7 +20,7 @@ from gameday.model import Verdict
 from gameday.preflight import Check, Preflight
 from gameday.rbac import show as show_rbac
 from gameday.toolkit import validate as validate_
-from loadgen import selftest
+from loadgen.cli import load
 from probes.prometheus import Prometheus
 from reports import console, html
 from sandbox import options as sandbox_options, up as sandbox_up
@@ -232,16 +232,7 @@ def validate(files: tuple[Path, ...]) -> None:
 # ── the load generator ──────────────────────────────────────────────────────────────────────────
 
 
-@main.group()
-def load() -> None:
-    """The load generator by itself."""
-
-
-@load.command("selftest")
-@one_sentence
-def load_selftest() -> None:
-    """Against a server that misbehaves in every known way: is each told apart?"""
-    sys.exit(selftest.run(_say))
+main.add_command(load)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from gameday.model import (
     Note,
     Outcome,
     Phase,
+    PhaseMark,
     Step,
     Timeline,
     Verdict,
@@ -154,7 +155,7 @@ def _worker_trouble(worker: int, ends: list[LoadEnd], recorded: Counter[str]) ->
 
 def _enough(timeline: Timeline, objectives: Objectives) -> Finding:
     title = "enough load"
-    judged = dict.fromkeys(phase for phase, _ in objectives.items())
+    judged = dict.fromkeys(phase for phase, _ in objectives.items() if phase not in _called_off(timeline))
     spans = {p: window(timeline, p) for p in judged}
     good = {p: sum(1 for r in timeline.replies if w and counted(r) and r.t_intended in w) for p, w in spans.items()}
     few = [f"{p.value}: {n} requests" for p, n in good.items() if n < FEWEST_REQUESTS]
@@ -237,10 +238,19 @@ def _steady(timeline: Timeline, findings: tuple[Finding, ...]) -> Finding:
         return _run(title, INCONCLUSIVE, f"not reached: {', '.join(missed)}")
     if not requests(timeline, Phase.BEFORE):
         return _run(title, INCONCLUSIVE, "no request before the fault")
-    absent = [p.value for p in (Phase.DURING, Phase.AFTER) if window(timeline, p) is None]
+    needed = [p for p in (Phase.DURING, Phase.AFTER) if p not in _called_off(timeline)]
+    absent = [p.value for p in needed if window(timeline, p) is None]
     if absent:
         return _run(title, INCONCLUSIVE, f"the run has no complete phase {' and '.join(absent)}")
     return _run(title, PASS, "held before the fault")
+
+
+def _called_off(timeline: Timeline) -> frozenset[Phase]:
+    """Phases that never began because a stop condition ended the run: their absence is the service's doing."""
+    if not any(n.level == "fail" for n in of(timeline, Note)):
+        return frozenset()
+    begun = {m.phase for m in of(timeline, PhaseMark)}
+    return frozenset({Phase.AFTER}) - begun
 
 
 def _proven(timeline: Timeline) -> Finding:

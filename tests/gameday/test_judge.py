@@ -320,3 +320,10 @@ def test_phases_come_from_the_marks() -> None:
     assert AFTER > UNDO
     late = Plant(between(AFTER + 5, AFTER + 5.2)).build()
     assert judge(late, ASKED).verdict is PASS  # ten requests of 1475, and back at once
+
+
+def test_a_breached_stop_condition_fails_although_it_ends_the_run() -> None:
+    """The run heals at once and never comes to its last phase: that is the service's doing, and no excuse."""
+    ended = without(good(), lambda e: isinstance(e, PhaseMark) and e.phase is Phase.AFTER)
+    assert judge(ended, ASKED).verdict is OPEN
+    assert judge(add(ended, Note(120.0, "fail", "success fell to 3 %")), ASKED).verdict is FAIL
