@@ -14,7 +14,6 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -361,9 +360,14 @@ def run(
 
 
 def _empty(out: Path) -> None:
-    with suppress(FileNotFoundError):
-        if out.is_file() or any(out.iterdir()):
-            raise LoadError(f"{out} is not empty: records of two runs must not mix")
+    """Records of two runs must not mix; what a start that failed left behind may go."""
+    if out.is_file():
+        raise LoadError(f"{out} is a file, and the records need a directory")
+    if any(path.stat().st_size for path in out.glob("replies.*.jsonl")):
+        raise LoadError(f"{out} holds the records of a run already")
+    for pattern in ("replies.*.jsonl", "load.*.jsonl", "clock.*.jsonl"):
+        for path in out.glob(pattern):
+            path.unlink()
 
 
 def _lead(

@@ -133,4 +133,6 @@ class Lines:
     def rest(self, within: float) -> str:
         self._process.wait(timeout=within)
         self._thread.join(timeout=10)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
         return self.text

@@ -152,6 +152,7 @@ def proxy(upstream: str) -> Iterator[tuple[str, threading.Event]]:
     """A TCP proxy to `upstream` (host:port); once its event is set, it takes connections and says nothing."""
     host, port = upstream.removeprefix("http://").split(":")
     dead, server = threading.Event(), socket.create_server(("127.0.0.1", 0), backlog=128)
+    held: list[socket.socket] = []
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
         try:
@@ -164,7 +165,6 @@ def proxy(upstream: str) -> Iterator[tuple[str, threading.Event]]:
             pass
 
     def serve() -> None:
-        held = []
         while True:
             try:
                 client, _ = server.accept()
@@ -178,11 +178,16 @@ def proxy(upstream: str) -> Iterator[tuple[str, threading.Event]]:
             for pair in ((client, there), (there, client)):
                 threading.Thread(target=pump, args=pair, daemon=True).start()
 
-    threading.Thread(target=serve, daemon=True).start()
+    acceptor = threading.Thread(target=serve, daemon=True)
+    acceptor.start()
     try:
         yield f"http://127.0.0.1:{server.getsockname()[1]}", dead
     finally:
+        server.shutdown(socket.SHUT_RDWR)  # wakes the accept
+        acceptor.join(timeout=10)
         server.close()
+        for sock in held:
+            sock.close()
 
 
 def test_a_target_that_goes_deaf_before_the_fault_is_inconclusive(reference: Stage) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from openai_server import Server
 
 from gameday import clock
+from gameday.cli import main
 from gameday.errors import LoadError
 from gameday.model import Heartbeat, LoadEnd, Outcome, Reply
 from loadgen import launch
@@ -64,7 +65,7 @@ def test_every_request_of_the_plan_is_in_the_account(url: str, tmp_path: Path) -
     assert saved["planned"] == account.planned
     assert saved["sound"] is account.sound
     assert Plan.read(tmp_path / "run" / "plan.json").seed == 3
-    with pytest.raises(LoadError, match="is not empty"):
+    with pytest.raises(LoadError, match="holds the records of a run"):
         run(target=url, model="tiny", traffic=traffic, seconds=1, seed=3, out=tmp_path / "run", say=said.append)
 
 
@@ -142,8 +143,6 @@ def test_metrics_in_plan_mode(url: str, tmp_path: Path) -> None:
 
 
 def _port() -> int:
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -161,7 +160,7 @@ def _reply(seq: int, plan: Plan, **more: object) -> Reply:
 
 def _beat(t: float, **more: float) -> Heartbeat:
     given: dict[str, float] = {"delay_p99": 0.001, "run_queue": 0.0, **more}
-    return Heartbeat(t=t, worker=0, in_flight=0, started=0, ok=0, failed=0, shed=0, cpu=0.1, **given)  # type: ignore[arg-type]
+    return Heartbeat(t=t, worker=0, in_flight=0, started=0, ok=0, failed=0, shed=0, cpu=0.1, **given)
 
 
 def _books(seconds: float = 10) -> tuple[Books, Plan, list[Reply], LoadEnd]:
@@ -265,9 +264,6 @@ def test_bad_input_is_one_sentence(url: str, tmp_path: Path, more: list[str], sa
 
 
 def test_the_gameday_command_has_the_group() -> None:
-    from gameday.cli import main
-
     done = CliRunner().invoke(main, ["load", "--help"])
     assert done.exit_code == 0
     assert all(name in done.output for name in ("run", "selftest", "worker"))
-    assert os.environ.get("GAMEDAY_TARGET") is None
