@@ -2,6 +2,7 @@
 
 Every Locust user is a source of arrivals at `--rate` requests a second (open loop: it never waits for an
 answer), so that users × rate is the load, also under a LoadTestShape, on the web page and on several workers.
+A share of it is long streams; a canary of `--canary-rate` tiny requests a second comes on top.
 Started by gameday itself (`loadgen.launch`), the one user replays the plan instead.
 """
 
@@ -111,8 +112,11 @@ else:
         for name, default, text in (
             ("--model", "my-llama32", "the model's name"),
             ("--rate", 1.0, "requests a second of each user; users × rate is the load"),
-            ("--prompt-tokens", 120, "tokens of each prompt, about"),
-            ("--output-tokens", 48, "max_tokens of each request"),
+            ("--prompt-tokens", 0, "tokens of each prompt, about; 0: lognormal, median 120"),
+            ("--output-tokens", 0, "max_tokens of each request; 0: lognormal, median 48"),
+            ("--long-share", 0.08, "share of the requests that are long streams"),
+            ("--long-tokens", 320, "max_tokens of a long stream"),
+            ("--canary-rate", 50.0, "one-token requests a second, of each process, half on fresh connections; 0: none"),
             ("--api", "chat", "chat or completions"),
             ("--api-key-file", "", "file with the API key"),
             ("--api-key-env", "", "environment variable with the API key"),
@@ -149,6 +153,7 @@ else:
                 api_key_env=choice.api_key_env or None,
                 ca_file=Path(choice.ca_file) if choice.ca_file else None,
             )
+            _sources[environment].begin()
         except LoadError as e:
             logging.getLogger("gameday").error("%s", e)
             environment.process_exit_code = 2

@@ -1,4 +1,7 @@
-"""Load for people who run Locust themselves: each Locust user is an open-loop source of arrivals."""
+"""Load for people who run Locust themselves: each Locust user is an open-loop source of arrivals.
+
+The mix is that of `Chat`: a main stream, long streams, and the canary at a constant rate, whatever the users do.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from time import monotonic
 from typing import Any
 
 import gevent
+import numpy as np
 
 from gameday.errors import LoadError
 from gameday.model import LoadEnd
@@ -17,9 +21,9 @@ from loadgen import records, target as target_
 from loadgen.client import Call, Client
 from loadgen.engine import Engine
 from loadgen.metrics import Metrics
-from loadgen.plan import Kind
+from loadgen.plan import draw, kind_of
 from loadgen.prompts import Writer
-from loadgen.traffic import Deadlines
+from loadgen.traffic import Api, Chat, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +33,12 @@ class Choice:
     host: str
     model: str
     rate: float
-    prompt_tokens: int
+    prompt_tokens: int  # 0: as people's chats are
     output_tokens: int
-    api: str
+    long_share: float
+    long_tokens: int
+    canary_rate: float
+    api: Api
     api_key_file: str
     api_key_env: str
     ca_file: str
@@ -45,15 +52,18 @@ class Source:
     def __init__(
         self, choice: Choice, on_end: Callable[[Call], None], metrics: Metrics | None, worker: int = 0
     ) -> None:
-        if choice.rate <= 0 or choice.prompt_tokens < 1 or choice.output_tokens < 1:
-            raise LoadError("--rate, --prompt-tokens and --output-tokens must be positive")
+        chat = _chat(choice)
         key = target_.read_key(Path(choice.api_key_file) if choice.api_key_file else None, choice.api_key_env or None)
         target = target_.parse(choice.host, choice.model, api_key=key, ca_file=choice.ca_file or None)
         self._choice = choice
-        self._kind = Kind(choice.api, choice.api, True, Deadlines(), 0, "")
+        self._streams = {s.name: s for s in chat.streams if isinstance(s, Stream)}
+        self._kinds = {s.name: kind_of(s, chat.deadlines) for s in chat.streams}
         self._writer = Writer(target)
         self._random = random.Random(choice.seed + worker)  # noqa: S311 - arrivals, not secrets
+        self._lengths = np.random.default_rng([choice.seed, worker])
+        self._number = worker
         self._seq = 0
+        self._canary: gevent.Greenlet | None = None
         self._next: dict[int, float] = {}
         out = Path(choice.records) if choice.records else None
         if out is not None:
@@ -79,20 +89,55 @@ class Source:
         self._next[id(user)] = due
         while (early := due - monotonic()) > 0:
             gevent.sleep(early)
+        long = "long" in self._streams and self._random.random() < self._choice.long_share
+        self._send(due, "long" if long or self._choice.api not in self._streams else self._choice.api)
+
+    def begin(self) -> None:
+        """The canary sings from here on."""
+        if "canary" in self._streams:
+            self._canary = gevent.spawn(self._sing, monotonic())
+
+    def _sing(self, begin: float) -> None:
+        count = 0
+        while True:
+            count += 1
+            due = begin + count / self._choice.canary_rate
+            while (early := due - monotonic()) > 0:
+                gevent.sleep(early)
+            self._send(due, "canary", fresh=count % 2 == 1)
+
+    def _send(self, due: float, cls: str, *, fresh: bool = False) -> None:
         seq, self._seq = self._seq, self._seq + 1
-        choice = self._choice
+        choice, stream = self._choice, self._streams[cls]
+        prompt, output = (int(draw(lengths, 1, self._lengths)[0]) for lengths in (stream.prompt, stream.output))
 
         def body() -> bytes:
-            words = f"{choice.seed}-{seq}"
-            return self._writer.body(choice.api, words, choice.prompt_tokens, choice.output_tokens)
+            return self._writer.body(choice.api, f"{choice.seed}-{self._number}-{seq}", prompt, output)
 
-        self.engine.send(seq, self._kind, due, body)
+        self.engine.send(seq, self._kinds[cls], due, body, fresh=fresh)
 
     def leave(self, user: Any) -> None:
         self._next.pop(id(user), None)
 
     def close(self, within: float) -> LoadEnd:
         t_stop = monotonic()
+        if self._canary is not None:
+            self._canary.kill()
         planned = self._seq
         self.engine.drain(within)
         return self.engine.close(planned, t_stop)
+
+
+def _chat(choice: Choice) -> Chat:
+    """Raises LoadError for options that contradict themselves."""
+    if choice.rate <= 0 or choice.prompt_tokens < 0 or choice.output_tokens < 0:
+        raise LoadError("--rate must be positive, --prompt-tokens and --output-tokens cannot be negative")
+    lengths = {name: n for name in ("prompt_tokens", "output_tokens") if (n := getattr(choice, name))}
+    return Chat(
+        per_second=choice.rate,
+        long_share=choice.long_share,
+        long_tokens=choice.long_tokens,
+        canary_per_second=choice.canary_rate,
+        api=choice.api,
+        **lengths,
+    )

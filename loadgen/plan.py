@@ -52,7 +52,7 @@ class Plan:
 
     @cached_property
     def classes(self) -> tuple[Kind, ...]:
-        return tuple(_class(s, self.traffic.deadlines) for s in self.traffic.streams)
+        return tuple(kind_of(s, self.traffic.deadlines) for s in self.traffic.streams)
 
     def share(self, worker: int, workers: int) -> tuple[int, ...]:
         """The numbers that one of `workers` sends; a session stays together. The shares are disjoint and complete."""
@@ -84,7 +84,7 @@ class Plan:
 _COLUMNS = ("t", "cls", "prompt", "output", "fresh", "session", "turn", "group")
 
 
-def _class(stream: Stream | Trace, deadlines: Deadlines) -> Kind:
+def kind_of(stream: Stream | Trace, deadlines: Deadlines) -> Kind:
     prefix = stream.prefix_tokens if isinstance(stream, Stream) else 0
     return Kind(stream.name, stream.api, stream.stream, stream.deadlines or deadlines, prefix, stream.extra)
 
@@ -125,8 +125,8 @@ def _draw(stream: Stream, index: int, seconds: float, rng: np.random.Generator, 
     else:
         times = starts
     many = len(times)
-    prompts = _lengths(stream.prompt, many, rng)
-    outputs = _lengths(stream.output, many, rng)
+    prompts = draw(stream.prompt, many, rng)
+    outputs = draw(stream.output, many, rng)
     groups = rng.integers(stream.prefix_groups, size=len(starts)) if stream.prefix_groups else np.full(len(starts), -1)
     fresh = {"never": (0, 0), "always": (1, 1), "alternate": (1, 0)}[stream.fresh]
     return [
@@ -182,7 +182,8 @@ def _gaps(stream: Stream, expected: float, rng: np.random.Generator) -> np.ndarr
     return np.concatenate(parts)
 
 
-def _lengths(lengths: Lengths, many: int, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def draw(lengths: Lengths, many: int, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Token counts from a distribution, whole and within its bounds."""
     if lengths.shape == "uniform":
         return rng.integers(lengths.low, lengths.high + 1, many).astype(np.float64)
     if lengths.shape == "normal":
