@@ -174,10 +174,11 @@ _ERROR = re.compile(rb'"error": ?[{"]')
 class Stream:
     """A completion as server-sent events. `feed` gives how many content tokens the bytes brought."""
 
-    __slots__ = ("_carry", "completion_tokens", "done", "error", "finish_reason", "heard", "prompt_tokens")
+    __slots__ = ("_carry", "_kept", "completion_tokens", "done", "error", "finish_reason", "heard", "prompt_tokens")
 
-    def __init__(self) -> None:
+    def __init__(self, keep: bool = False) -> None:
         self._carry = b""
+        self._kept: list[bytes] | None = [] if keep else None
         self.done = False
         self.heard = False  # some event came since the caller last looked
         self.finish_reason: str | None = None
@@ -226,7 +227,15 @@ class Stream:
             raise BadAnswer(f"not a JSON event: {show(payload)}")
         if _FINISH.search(payload) or _USAGE.search(payload) or _ERROR.search(payload):
             self._look(payload)
-        return 1 if _CONTENT.search(payload) else 0
+        if not _CONTENT.search(payload):
+            return 0
+        if self._kept is not None:
+            self._kept.append(payload)
+        return 1
+
+    def text(self) -> str:
+        """What was said, of a stream that is kept; parsed here, after the end, and not while tokens come."""
+        return "".join(text_of(parse(payload)) for payload in self._kept or ())
 
     def _look(self, payload: bytes) -> None:
         data = parse(payload)
@@ -255,6 +264,16 @@ def finish_of(data: dict[str, object]) -> str | None:
         reason = choices[0].get("finish_reason")
         return reason if isinstance(reason, str) else None
     return None
+
+
+def text_of(data: dict[str, object]) -> str:
+    """The words of a chunk or of a whole answer; "" where there are none (a tool call, say)."""
+    choices = data.get("choices")
+    if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+        return ""
+    said = choices[0].get("delta") or choices[0].get("message") or choices[0]
+    text = said.get("content", said.get("text")) if isinstance(said, dict) else None
+    return text if isinstance(text, str) else ""
 
 
 def usage_of(data: dict[str, object]) -> tuple[int | None, int | None]:

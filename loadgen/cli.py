@@ -67,6 +67,7 @@ def selftest() -> None:
 @click.option("--no-stream", is_flag=True, help="answers in one piece")
 @click.option("--turns", type=int, default=1, show_default=True, help="of each session")
 @click.option("--think", type=float, default=5.0, show_default=True, help="seconds between turns, on average")
+@click.option("--real-history", is_flag=True, help="later turns repeat the server's answers, not the plan's")
 @click.option("--ramp", multiple=True, metavar="AT:OVER:TIMES", help="from AT s on, over OVER s, TIMES the rate")
 @click.option("--spike", multiple=True, metavar="AT:LASTING:TIMES", help="TIMES the rate for LASTING s from AT s on")
 @click.option("--traffic", "spec", type=_PATH, help="a traffic spec (JSON) instead of the options above")
@@ -146,6 +147,7 @@ def _traffic(given: dict[str, Any]) -> Traffic | Trace:
         stream=not given["no_stream"],
         turns=given["turns"],
         think=given["think"],
+        history="answers" if given["real_history"] else "planned",
         **lengths,
     )
 

@@ -13,6 +13,7 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -65,6 +66,7 @@ class Call:
     zone: str | None = None
     via: str | None = None
     detail: str = ""
+    text: str = ""  # what was said, of a class that keeps it; not recorded
 
     def end(self, outcome: Outcome, detail: str = "", at: float | None = None) -> None:
         self.outcome = outcome
@@ -436,7 +438,7 @@ class _Exchange:
 
     def _stream(self, conn: Conn, pause: Callable[[], object], payload: bytes) -> None:
         call, http = self._call, self._http
-        events = answer.Stream()
+        events = answer.Stream(self._cls.keep)
         assert call.t_start is not None
         assert call.t_headers is not None
         self._guard.until(call.t_start + self._cls.deadlines.first_token, Outcome.FIRST_TOKEN_TIMEOUT)
@@ -459,6 +461,9 @@ class _Exchange:
         finally:
             self._copy(events)
         self._judge_stream(events, now)
+        if self._cls.keep and call.outcome is Outcome.OK:
+            with suppress(answer.BadAnswer):  # then the plan's answer is repeated
+                call.text = events.text()
         if events.done and not http.complete and not ended:
             self._drain(conn, pause)
 
@@ -561,6 +566,7 @@ class _Exchange:
             raise Failed(Outcome.BAD_ANSWER, "an answer without a finish_reason")
         call.end(Outcome.OK)
         call.tokens = call.completion_tokens or 0
+        call.text = answer.text_of(data) if self._cls.keep else ""
         call.t_first = call.t_end
 
     def _refusal(self, body: bytes) -> None:

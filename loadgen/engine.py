@@ -61,6 +61,7 @@ class Engine:
         load: records.Writer | None = None,
         on_end: Callable[[Call], None] | None = None,
         on_beat: Callable[[Heartbeat], None] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> None:
         self.client = client
         self.worker = worker
@@ -69,6 +70,7 @@ class Engine:
         self._load = load
         self._on_end = on_end
         self._on_beat = on_beat
+        self._on_text = on_text
         self._under_way: dict[Call, Any] = {}
         self._empty = gevent.event.Event()
         self._empty.set()
@@ -95,6 +97,8 @@ class Engine:
         self._delays.append(monotonic() - call.t_intended)
         try:
             self.client.perform(call, cls, body(), fresh=fresh)
+            if call.text and self._on_text is not None:
+                self._on_text(call.seq, call.text)
         finally:
             if self._under_way.pop(call, None) is not None:
                 self._account(call)
@@ -194,7 +198,7 @@ class Engine:
 _DEFAULTS: tuple[tuple[str, object], ...] = tuple(
     (name, f.default)
     for name, f in Call.__dataclass_fields__.items()
-    if name not in ("seq", "cls", "t_intended", "itl")
+    if name not in ("seq", "cls", "t_intended", "itl", "text")
 )
 _OUTCOMES = {o: str(o) for o in Outcome}
 _ALWAYS = ("outcome", "t_end")

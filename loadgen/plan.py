@@ -29,6 +29,7 @@ class Kind:
     deadlines: Deadlines
     prefix_tokens: int
     extra: str
+    keep: bool = False  # keep the answers' text: later turns repeat it
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ _COLUMNS = ("t", "cls", "prompt", "output", "fresh", "session", "turn", "group")
 
 def kind_of(stream: Stream | Trace, deadlines: Deadlines) -> Kind:
     prefix = stream.prefix_tokens if isinstance(stream, Stream) else 0
-    return Kind(stream.name, stream.api, stream.stream, stream.deadlines or deadlines, prefix, stream.extra)
+    keep = isinstance(stream, Stream) and stream.turns > 1 and stream.history == "answers"
+    return Kind(stream.name, stream.api, stream.stream, stream.deadlines or deadlines, prefix, stream.extra, keep)
 
 
 _Arrival = tuple[float, int, int, int, int, int, int, int]

@@ -68,6 +68,8 @@ class Bodies:
             content = '"prompt":' if cls.api == "completions" else '"messages":'
             self._starts.append(f'{{"model":{json.dumps(target.model)},{content}'.encode())
             self._ends.append(b"," + json.dumps(tail, separators=(",", ":"))[1:].encode())
+        self._answers: dict[int, str] = {}
+        self._done: set[int] = set()  # sessions whose last turn is sent: nobody asks for their answers again
         self._turns: dict[int, list[int]] = {}
         for seq, session in enumerate(plan.session):
             if session >= 0:
@@ -95,13 +97,25 @@ class Bodies:
         own = max(0, count - shared - 1)
         return f"group {group} {self._filler.words(max(0, shared - 2))}{plan.seed}-{seq} {self._filler.words(own)}"
 
+    def heard(self, seq: int, text: str) -> None:
+        """The server's answer to `seq`, for the turns that follow it."""
+        session = self._plan.session[seq]
+        if session not in self._done and seq != self._turns[session][-1]:
+            self._answers[seq] = json.dumps(text)
+
     def _talk(self, seq: int) -> str:
-        """The session so far; the answers of earlier turns are the plan's, not the server's, so that it is fixed."""
+        """The session so far. Arrivals wait for nothing: where an answer is not there, the plan's text stands."""
         plan = self._plan
         parts: list[str] = []
-        for earlier in self._turns[plan.session[seq]]:
+        turns = self._turns[plan.session[seq]]
+        for earlier in turns:
             parts.append(f'{{"role":"user","content":"{self._prompt(earlier)}"}}')
             if earlier == seq:
                 break
-            parts.append(f'{{"role":"assistant","content":"{self._filler.words(plan.output[earlier])}"}}')
+            text = self._answers.get(earlier) or f'"{self._filler.words(plan.output[earlier])}"'
+            parts.append(f'{{"role":"assistant","content":{text}}}')
+        if seq == turns[-1]:
+            self._done.add(plan.session[seq])
+            for earlier in turns:
+                self._answers.pop(earlier, None)
         return f"[{','.join(parts)}]"

@@ -20,6 +20,7 @@ from gameday.units import Seconds
 Arrivals = Literal["poisson", "constant", "gamma"]
 Api = Literal["chat", "completions"]
 Fresh = Literal["never", "always", "alternate"]
+History = Literal["planned", "answers"]
 
 
 def _need(good: bool, sentence: str) -> None:
@@ -135,8 +136,9 @@ class Stream:
     """One class of requests with arrivals of its own. `burstiness` is the gaps' coefficient of variation (gamma).
 
     With `turns` > 1, arrivals come as sessions of that many turns, `think` seconds apart, each turn with the
-    talk so far before it; `per_second` still counts requests. Requests of one of `prefix_groups` share their
-    first `prefix_tokens` tokens.
+    talk so far before it; `per_second` still counts requests. The answers in that talk are the plan's, or with
+    `history="answers"` the server's own, where they had come in time (the plan's where not: arrivals never wait).
+    Requests of one of `prefix_groups` share their first `prefix_tokens` tokens.
     """
 
     name: str
@@ -153,6 +155,7 @@ class Stream:
     prefix_tokens: int = 0
     turns: int = 1
     think: Seconds = 5.0
+    history: History = "planned"
     deadlines: Deadlines | None = None
     extra: str = ""  # a JSON object, merged into every request's body ('{"ignore_eos": true}')
 
@@ -174,6 +177,7 @@ class Stream:
         )
         _need(self.turns >= 1 and _finite(self.think), f"{who}: turns must be ≥ 1 and think ≥ 0")
         _need(self.turns == 1 or self.api == "chat", f"{who}: only the chat API has turns")
+        _need(self.history in get_args(History), f"{who}: history is planned or answers, not {self.history!r}")
         if self.extra:
             try:
                 good = isinstance(json.loads(self.extra), dict)
@@ -272,6 +276,7 @@ class Chat(Traffic):
     prefix_tokens: int = 0
     turns: int = 1
     think: Seconds = 5.0
+    history: History = "planned"
     extra: str = ""
     streams: tuple[Stream | Trace, ...] = field(init=False)
 
@@ -301,6 +306,7 @@ def _chat_streams(chat: Chat) -> tuple[Stream, ...]:
             prefix_tokens=chat.prefix_tokens,
             turns=turns,
             think=chat.think,
+            history=chat.history,
             extra=chat.extra,
         )
 

@@ -139,6 +139,7 @@ class Worker:
             load=records.Writer(records.load_path(out, job.worker)),
             on_end=_both(self._on_end, metrics.reply if metrics else None),
             on_beat=metrics.beat if metrics else None,
+            on_text=bodies.heard,
         )
         self._within = max(c.deadlines.total for c in plan.classes)
         classes = plan.classes

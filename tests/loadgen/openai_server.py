@@ -34,9 +34,13 @@ async def _complete(request: web.Request) -> web.StreamResponse:
     count = body["max_tokens"]
     usage = {"prompt_tokens": len(json.dumps(body).split()), "completion_tokens": count}
     headers = {"X-Served-By": "pod-1", "X-Served-Zone": "a", "X-Turns": str(len(body.get("messages", [])))}
+    answers = [m["content"] for m in body.get("messages", []) if m["role"] == "assistant"]
+    if answers:  # what the client says that we said before
+        headers["X-Gateway"] = answers[-1].strip()
     if not body.get("stream"):
         await asyncio.sleep(GAP * count)
-        choice = {"message": {"content": "word " * count}, "finish_reason": "length"}
+        said = {"message": {"content": "word " * count}} if chat else {"text": "word " * count}
+        choice = {**said, "finish_reason": "length"}
         return web.json_response({"choices": [choice], "usage": usage}, headers=headers)
     answer = web.StreamResponse(headers={**headers, "Content-Type": "text/event-stream"})
     answer.enable_chunked_encoding()

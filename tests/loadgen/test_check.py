@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import socket
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,21 @@ def test_tls_completions_and_whole_answers(cert: Path, tmp_path: Path) -> None:
         (tmp_path / "2").mkdir()
         untrusting = _run(url, tmp_path / "2", streams[:1])
     assert {r.outcome for r in untrusting} == {Outcome.TLS}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_later_turns_repeat_the_servers_answers_when_told_so(tmp_path: Path, stream: bool) -> None:
+    """Arrivals never wait: of an answer that came too late, or not at all, the plan's text is repeated."""
+    session = {"turns": 3, "think": 0.1, "output": fixed(4), "stream": stream, "per_second": 60}
+    streams = (_stream("real", history="answers", **session), _stream("planned", **session))
+    with Server() as url:
+        replies = _run(url, tmp_path, streams)
+    said = {name: Counter(r.via for r in replies if r.cls == name and r.via) for name in ("real", "planned")}
+    assert {r.outcome for r in replies} == {Outcome.OK}
+    assert set(said["planned"]) == {"the service keeps its"}
+    assert said["real"]["word word word word"] > said["real"].total() / 2
+    assert set(said["real"]) <= {"word word word word", "the service keeps its"}
+    assert said["real"]["the service keeps its"] > 0  # some turns come within 40 ms, the time of an answer
 
 
 def test_names_are_looked_up_and_unknown_names_are_dns(tmp_path: Path) -> None:

@@ -82,6 +82,20 @@ def test_shares_are_disjoint_and_complete_and_keep_sessions_together() -> None:
     assert all(len(w) == 1 for w in owners.values())
 
 
+def test_answers_are_kept_only_while_a_later_turn_needs_them() -> None:
+    stream = Stream(name="s", per_second=20, prompt=fixed(5), output=fixed(3), turns=3, think=0.1, history="answers")
+    plan = make(Traffic(streams=(stream,)), 5, 5)
+    bodies = Bodies(plan, parse("http://h", "m"))
+    for seq in range(len(plan)):
+        talk = json.loads(bodies.of(seq))["messages"]
+        heard = [m["content"] for m in talk if m["role"] == "assistant"]
+        earlier = [s for s in range(seq) if plan.session[s] == plan.session[seq]]
+        assert heard == [f'"{s}" \n was said' for s in earlier]
+        bodies.heard(seq, f'"{seq}" \n was said')
+    bodies.heard(0, "too late")  # its session is over
+    assert not bodies._answers
+
+
 def test_bodies_carry_sessions_and_prefixes() -> None:
     target = parse("http://h", "m")
     plan = make(Chat(per_second=30, turns=3, think=0.5, prompt_tokens=30, prefix_groups=2, prefix_tokens=10), 5, 20)
