@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -82,8 +84,7 @@ def deliver(posts: Sequence[Post], *, within: float, attempts: int) -> tuple[Del
 
 
 async def _all(posts: Sequence[Post], attempts: int, done: dict[int, Delivery], within: float) -> None:
-    # Proxies are taken from the environment, as every other client does; cookies from nobody.
-    async with aiohttp.ClientSession(trust_env=True, cookie_jar=aiohttp.DummyCookieJar()) as session:
+    async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
 
         async def one(i: int, post: Post) -> None:
             done[i] = await _send(session, post, attempts)
@@ -116,20 +117,35 @@ async def _attempt(session: aiohttp.ClientSession, post: Post) -> _Try:
             data=json.dumps(post.body, allow_nan=False).encode(),
             headers=headers,
             allow_redirects=False,
+            proxy=_proxy(post.url.value),
             timeout=aiohttp.ClientTimeout(total=ANSWER_WITHIN),
         ) as answer:
             return _read(answer, post.repeatable)
-    except aiohttp.ClientSSLError:
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        return _failed(error, post)
+
+
+def _failed(error: Exception, post: Post) -> _Try:
+    """In our words: an error's own message may hold the address."""
+    if isinstance(error, aiohttp.ClientSSLError):
         return _Try(False, "its certificate is not trusted, or it does not speak TLS")
-    except (aiohttp.ClientConnectorError, aiohttp.ClientProxyConnectionError):
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return _Try(False, f"the proxy refuses to reach it ({error.status})")
+    if isinstance(error, aiohttp.ClientConnectorError):
         return _Try(False, "cannot be reached: check the address and the network", again=True)
-    except TimeoutError:
+    if isinstance(error, TimeoutError):
         return _Try(False, f"did not answer within {ANSWER_WITHIN:g} s", again=post.repeatable)
-    except (aiohttp.InvalidURL, ValueError):
+    if isinstance(error, ValueError):
         return _Try(False, f"{post.url.place} does not hold an address that can be used")
-    except aiohttp.ClientError as error:
-        # Not its message: it may hold the address.
-        return _Try(False, f"broke the connection off ({type(error).__name__})", again=post.repeatable)
+    return _Try(False, f"broke the connection off ({type(error).__name__})", again=post.repeatable)
+
+
+def _proxy(url: str) -> str | None:
+    """As the environment has it. (aiohttp's `trust_env` would also read .netrc, whose entries fight our token.)"""
+    parts = urlsplit(url)
+    proxy = getproxies().get(parts.scheme, "")
+    usable = proxy.startswith(("http://", "https://")) and not proxy_bypass(parts.netloc.rpartition("@")[2])
+    return proxy if usable else None
 
 
 def _read(answer: aiohttp.ClientResponse, repeatable: bool) -> _Try:

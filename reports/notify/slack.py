@@ -51,7 +51,7 @@ def _section(text: str) -> dict[str, Any]:
 
 def _bad(item: Item) -> str:
     """Cut before it is fenced, so that the fence stays whole."""
-    told = escape(story(item.judgement).replace("```", "'''"))
+    told = escape(story(item.judgement))
     head = f"{_title(item)}\n{escape(cut(item.why, 500))}"
     return f"{head}\n```{cut(told, SECTION - len(head) - 10)}```"
 
@@ -75,5 +75,5 @@ def _foot(news: News) -> Iterator[str]:
 
 
 def escape(text: str) -> str:
-    """Text that stays text: no mention, no link (https://api.slack.com/reference/surfaces/formatting#escaping)."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """Text that stays text: no mention, link or fence (https://api.slack.com/reference/surfaces/formatting#escaping)."""
+    return text.replace("```", "'''").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
