@@ -390,7 +390,7 @@ def _lead(
         ended = _watch(load, books, begin, plan, signals, say, every)
         say(f"arrivals end ({ended}); up to {within:.0f} s for what is under way")
         clocks = load.clocks()
-        ends = load.stop(within)
+        ends = load.stop(0.0 if ended == "worker" else within)  # a lost one must not be waited for
         books.take(load.poll())
     finally:
         load.kill()
