@@ -22,6 +22,7 @@ from gameday.judge import judge
 from gameday.model import Judgement, Phase, Timeline, Verdict
 from gameday.objectives import FirstToken, Objectives, Recovers
 from reports import verdicts, words
+from reports.markdown import escape
 
 NEED = 3
 """Baselines without which no noise can be told."""
@@ -100,6 +101,12 @@ class Gate:
         lines = [f"{j.verdict}  {j.experiment}  {'; '.join(words.reasons(j))}".rstrip() for j in self.judgements]
         lines += [f.line for f in sorted(self.findings, key=lambda f: -f.status.rank)]
         return "\n".join([*lines, *(f"NOTE  {note}" for note in self.notes), self._decision()])
+
+    @property
+    def markdown(self) -> str:
+        """For CI job pages: the decision, and what it rests on."""
+        *reasons, decision = self.story.split("\n")
+        return "\n".join([f"### {escape(decision)}", "", *(f"- {escape(line)}" for line in reasons), ""])
 
     def _decision(self) -> str:
         verdicts_ = words.tally(j.verdict for j in self.judgements) or "no experiment"

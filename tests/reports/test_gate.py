@@ -119,6 +119,8 @@ def test_a_usual_run_goes_through(past: Path, tmp_path: Path) -> None:
         ("first token p95", Verdict.PASS),
     ]
     assert "gate open: 1 PASS · 0 of 2 compared regressed" in found.story
+    assert found.markdown.startswith("### gate open: 1 PASS")
+    assert found.markdown.count("\n- ") == 3
 
 
 def test_a_slower_first_token_closes_it_though_every_verdict_is_pass(past: Path, tmp_path: Path) -> None:
