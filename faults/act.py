@@ -10,11 +10,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from faults.base import Act, Allocatable, Apply, Cordon, Job
+from faults.base import CORDONED, Act, Allocatable, Apply, Cordon, Job
 from gameday import clock
-from gameday.cluster import Cluster, Obj
+from gameday.cluster import Cluster, Obj, Refused, Unreachable
 from gameday.errors import GamedayError
-from gameday.kinds import JOBS, NODES
+from gameday.kinds import JOBS, NODES, Kind
 
 SELECTS_WITHIN = 2.0  # seconds for a controller to choose its targets; "nothing selected" is final after that
 POLL = 0.05  # seconds between looks at a chaos resource's records
@@ -70,10 +70,30 @@ def perform(cluster: Cluster, act: Act, stop: threading.Event) -> str:
     if isinstance(act, Job):
         return _job(cluster, act, stop)
     if isinstance(act, Cordon):
-        for node in act.nodes:
-            cluster.patch(NODES, node, {"spec": {"unschedulable": True}})
-        return f"{len(act.nodes)} node(s) cordoned"
+        return _cordon(cluster, act)
     return _allocatable(cluster, act)
+
+
+def _look(cluster: Cluster, kind: Kind, name: str, namespace: str) -> Obj | None:
+    """The object, or None while the API server is away or throttles us: the wait's own bound decides."""
+    try:
+        return cluster.get(kind, name, namespace)
+    except Unreachable:
+        return None
+    except Refused as refused:
+        if refused.code == 429 or refused.code >= 500:
+            return None
+        raise
+
+
+def _cordon(cluster: Cluster, act: Cordon) -> str:
+    """Only what nobody else has cordoned meanwhile; our mark is what the undo goes by."""
+    for name in act.nodes:
+        if cluster.get(NODES, name).get("spec", {}).get("unschedulable"):
+            raise NotInjected(f"{name} was cordoned by somebody else after the plan was made")
+        mark = {"metadata": {"annotations": {CORDONED: act.token}}, "spec": {"unschedulable": True}}
+        cluster.patch(NODES, name, mark)
+    return f"{len(act.nodes)} node(s) cordoned"
 
 
 def _apply(cluster: Cluster, act: Apply, stop: threading.Event) -> str:
@@ -84,7 +104,9 @@ def _apply(cluster: Cluster, act: Apply, stop: threading.Event) -> str:
 
     def ready() -> bool:
         nonlocal last
-        last = cluster.get(act.kind, name, namespace)
+        if (seen := _look(cluster, act.kind, name, namespace)) is None:
+            return False
+        last = seen
         if selected_nothing(last) and clock.now() - begun > SELECTS_WITHIN:
             raise NotInjected("the selector selected nothing (Selected=False), which Chaos Mesh never retries")
         return injected(last, act.records)
@@ -103,7 +125,7 @@ def _job(cluster: Cluster, act: Job, stop: threading.Event) -> str:
     cluster.create(JOBS, act.manifest)
 
     def done() -> bool:
-        status = cluster.get(JOBS, name, namespace).get("status", {})
+        status = (_look(cluster, JOBS, name, namespace) or {}).get("status", {})
         if status.get("failed"):
             raise NotInjected(f"Job {name} failed: see kubectl -n {namespace} describe job {name}")
         return bool(status.get("succeeded"))

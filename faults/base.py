@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from gameday.cluster import Node, Obj, Pod
+from gameday.cluster import CORDONED as CORDONED, Node, Obj, Pod
 from gameday.errors import TargetError
 from gameday.kinds import Kind
 from gameday.model import FaultFacts
@@ -22,6 +22,7 @@ MANAGED = "app.kubernetes.io/managed-by"
 RUN = "gameday.dev/run"
 EXPIRES = "gameday.dev/expires"
 ROLE = "gameday.dev/role"
+
 OURS = f"{MANAGED}=gameday"
 
 MARGIN = 30.0  # seconds by which a resource's own end outlives the heal that we intend
@@ -109,7 +110,7 @@ class Undo:
     """How one act is taken back, by anyone who can read this line. Safe to repeat.
 
     `verb` "delete": the object `kind`/`name` is deleted (and waited for until it is gone).
-    "uncordon": spec.unschedulable is lifted from node `name`, if it still has `uid`.
+    "uncordon": spec.unschedulable is lifted from node `name`, if it still has `uid` and our mark `value`.
     "allocatable": node `name` (if it still has `uid`) gets `value` of `resource` back.
     `stage` "heal" is undone when the fault ends; "clean" when the experiment does (our probers).
     """
@@ -157,6 +158,7 @@ class Cordon:
     """Mark nodes unschedulable. Harmless to whoever runs already."""
 
     nodes: tuple[str, ...]
+    token: str  # of this run: written on the node, so that nobody else's cordon is ever lifted
     what: str = "cordon"
 
 
@@ -190,13 +192,11 @@ class Plan:
     facts: FaultFacts
     acts: tuple[Act, ...]
     undos: tuple[Undo, ...]  # in the order in which they are undone
-    watch_for: tuple[Proof, ...] = ()  # proofs that may come later than the injection (slow detectors)
     rebalance: tuple[str, ...] = ()  # Deployments to restart after the heal, so that they spread again
     avoid: tuple[str, ...] = ()  # nodes that may vanish: probers go elsewhere if they can
     cuts: str = ""  # the zone whose border the probers watch; "" for none
     needs: tuple[str, ...] = ()  # chaos resources (plurals) that must be served
     cluster_wide: bool = False  # touches nodes: takes the cluster-wide lock as well
-    notes: tuple[str, ...] = ()
 
 
 class Fault(Protocol):

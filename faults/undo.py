@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from faults.base import Undo
+from faults.base import CORDONED, Undo
 from gameday import clock
 from gameday.cluster import Cluster, Obj
 from gameday.errors import ClusterError, HealError
@@ -47,9 +47,12 @@ def _step(cluster: Cluster, entry: Undo) -> str | None:
     if node is None or node["metadata"]["uid"] != entry.uid:
         return f"node {entry.name} was replaced, nothing to undo"
     if entry.verb == "uncordon":
-        if not node.get("spec", {}).get("unschedulable"):
-            return f"node {entry.name} is schedulable"
-        cluster.patch(NODES, entry.name, {"spec": {"unschedulable": None}})
+        mark = (node["metadata"].get("annotations") or {}).get(CORDONED)
+        if mark != entry.value:
+            return f"node {entry.name} is not cordoned by us"
+        cluster.patch(
+            NODES, entry.name, {"metadata": {"annotations": {CORDONED: None}}, "spec": {"unschedulable": None}}
+        )
         return None
     if node.get("status", {}).get("allocatable", {}).get(entry.resource) == entry.value:
         return f"node {entry.name} offers {entry.value} {entry.resource}"
@@ -78,6 +81,17 @@ def _why(cluster: Cluster, entry: Undo, last: ClusterError | None) -> str:
         return ""
     held = (obj or {}).get("metadata", {}).get("finalizers")
     return f" (held by finalizer {', '.join(held)})" if held else ""
+
+
+def still_paused(cluster: Cluster, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `names` ("ns/pod") that exist and still carry the pause image: the failure is in force."""
+    found = []
+    for name in names:
+        namespace, pod = name.split("/")
+        obj = cluster.find(BY_KIND["Pod"], pod, namespace)
+        if obj and any(PAUSE in container.get("image", "") for container in obj["spec"].get("containers", [])):
+            found.append(name)
+    return tuple(found)
 
 
 def containers_run(cluster: Cluster, names: tuple[str, ...]) -> bool:

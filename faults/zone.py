@@ -53,7 +53,7 @@ class ZonePartition:
                 pods=tuple(sorted(pod.key for pod in inside)),
                 zone=self.zone.name,
                 fidelity=(
-                    "Real: packets between the zone's pods and all others are dropped, also on open connections.",
+                    "Real: packets between the zone's pods and the namespace's others are dropped, at once.",
                     "Not cut: kubelet probes, the API server, clients outside the cluster, host-network pods.",
                 ),
             ),
@@ -88,7 +88,7 @@ class ZoneOutage:
         nodes = tuple(node for node in view.nodes if node.zone == self.zone.name)
         fresh = tuple(node for node in nodes if not node.unschedulable)  # never uncordon what others cordoned
         names = tuple(sorted(pod.key for pod in inside))
-        acts: list[Act] = [Cordon(tuple(node.name for node in fresh))] if fresh else []
+        acts: list[Act] = [Cordon(tuple(node.name for node in fresh), view.token)] if fresh else []
         undos: list[Undo] = []
         if outside:
             cut, uncut = _partition(view, self.zone, inside, outside, self.lasting)
@@ -97,7 +97,9 @@ class ZoneOutage:
         kill, unkill = self._end_pods(view, inside, names)
         acts.append(kill)
         undos.insert(0, unkill)
-        undos += [Undo(verb="uncordon", what="cordon", name=node.name, uid=node.uid) for node in fresh]
+        undos += [
+            Undo(verb="uncordon", what="cordon", name=node.name, uid=node.uid, value=view.token) for node in fresh
+        ]
         gone = "killed with grace 0" if self.replacements == "elsewhere" else "failed in place"
         rebalance = self.replacements == "elsewhere" and self.rebalance
         return Plan(
@@ -116,7 +118,7 @@ class ZoneOutage:
             ),
             acts=tuple(acts),
             undos=tuple(undos),
-            rebalance=_deployments(view) if rebalance else (),
+            rebalance=_deployments(inside) if rebalance else (),
             cuts=self.zone.name if outside else "",
             needs=(NETWORKCHAOS.plural, PODCHAOS.plural),
             cluster_wide=True,
@@ -145,7 +147,12 @@ def _sides(view: View, zone: Zone) -> tuple[tuple[Pod, ...], tuple[Pod, ...]]:
     known = sorted({node.zone for node in view.nodes if node.zone})
     if zone.name not in known:
         raise TargetError(f"No node is in zone {zone.name!r}; the zones are: {', '.join(known) or 'none labelled'}.")
-    running = [pod for pod in view.pods if pod.phase == "Running" and not pod.terminating and not pod.host_network]
+    running = [pod for pod in view.pods if pod.phase == "Running" and not pod.terminating]
+    if stubborn := [pod.name for pod in running if pod.host_network and pod in view.engines]:
+        raise TargetError(
+            f"{', '.join(stubborn)} use the host's network, which Chaos Mesh never injects: no zone fault."
+        )
+    running = [pod for pod in running if not pod.host_network]
     inside = tuple(pod for pod in running if pod.zone == zone.name)
     if not any(pod in view.engines for pod in inside):
         raise TargetError(f"Zone {zone.name} holds no pod of {view.selector!r}: its loss would show nothing.")
@@ -174,7 +181,7 @@ def _partition(
     return act, delete(NETWORKCHAOS, metadata, "partition")
 
 
-def _deployments(view: View) -> tuple[str, ...]:
-    """Deployments of the namespace, by their pods' ReplicaSets (`NAME-HASH`)."""
-    owners = {pod.owner.removeprefix("ReplicaSet/") for pod in view.pods if pod.owner.startswith("ReplicaSet/")}
+def _deployments(pods: tuple[Pod, ...]) -> tuple[str, ...]:
+    """Deployments that lost pods, by their ReplicaSets (`NAME-HASH`)."""
+    owners = {pod.owner.removeprefix("ReplicaSet/") for pod in pods if pod.owner.startswith("ReplicaSet/")}
     return tuple(sorted({owner.rsplit("-", 1)[0] for owner in owners}))

@@ -18,8 +18,8 @@ from typing import Any
 
 from gameday import settings as settings_
 from gameday.cluster import Cluster
-from gameday.errors import ClusterError, SandboxUnavailable, SettingsError
-from gameday.run import Arena, Session, Spec
+from gameday.errors import ClusterError, SandboxUnavailable
+from gameday.run import Arena
 from gameday.settings import Settings
 from probes.prometheus import Prometheus
 from reports.live import Progress
@@ -47,9 +47,8 @@ class Opened:
 
 def named(options: Mapping[str, Any]) -> str:
     """The cluster that the user named by option or environment; "" for none."""
-    if options.get("in_cluster") or os.environ.get("GAMEDAY_IN_CLUSTER", "").lower() in ("1", "true"):
-        return "in-cluster"
-    return options.get("context") or os.environ.get("GAMEDAY_CONTEXT", "")
+    found = settings_.load(options)
+    return "in-cluster" if found.in_cluster else found.context or ""
 
 
 def sandbox_settings(running: sandbox_up.Running) -> dict[str, Any]:
@@ -122,9 +121,6 @@ def _refuse_unnamed(found: Settings, name: str) -> None:
             f"{name!r} is a real cluster, on which this version only rehearses the manifests: add --dry-run, "
             "or leave the cluster out to run on the sandbox."
         )
-    for key in ("target", "prometheus"):
-        if not getattr(found, key) and not found.dry_run:
-            raise SettingsError(f"On a cluster of your own, {key} must be set (--{key} URL).")
 
 
 def connect(found: Settings) -> Cluster:
@@ -169,11 +165,10 @@ def _reproduce(experiment: str, seed: int, options: Mapping[str, Any]) -> str:
     return shlex.join(["pytest", "experiments", "-k", experiment, "--seed", str(seed), *given])
 
 
-def open_named(spec: Spec) -> Session:
-    """The session of a plain `chaos run`: on the cluster that `GAMEDAY_CONTEXT` names, and no other."""
+def open_named() -> Opened:
+    """The arena of a plain `chaos run`: the cluster that `GAMEDAY_CONTEXT` names, and no other."""
     if not named({}):
         raise ClusterError(
             f"`chaos run` needs a named cluster: set GAMEDAY_CONTEXT ({SANDBOX_CONTEXT} for a sandbox that is up)."
         )
-    opened = open_arena({}, say=print, progress=lambda _: None)
-    return Session(opened.arena, spec)
+    return open_arena({}, say=print, progress=lambda _: None)

@@ -24,10 +24,11 @@ from kubernetes import client as k8s, config as k8s_config
 from kubernetes.client.exceptions import ApiException
 
 from gameday.errors import ClusterError
-from gameday.kinds import ENDPOINTSLICES, NODES, PODS, REVIEWS, Kind
+from gameday.kinds import NODES, PODS, REVIEWS, Kind
 
 Obj = dict[str, Any]
 Objs = list[Obj]
+CORDONED = "gameday.dev/cordoned-by"  # annotation on a node
 ZONE_LABEL = "topology.kubernetes.io/zone"
 
 CALL_TIMEOUT = 10.0  # seconds for one request; a heal must not hang on a dead API server
@@ -89,6 +90,7 @@ class Node:
     ready: bool
     unschedulable: bool
     gpus: int  # allocatable
+    cordoned_by: str = ""  # our mark, "" when somebody else cordoned it
     conditions: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # type → (status, reason)
 
 
@@ -276,16 +278,6 @@ class Cluster:
         zones = self.zones_of_nodes() if zones is None else zones
         return tuple(to_pod(obj, zones) for obj in self.list(PODS, namespace or self.namespace, labels=labels))
 
-    def ready_endpoints(self, service: str) -> frozenset[str]:
-        """Names of the pods that the Service's EndpointSlices call ready."""
-        slices = self.list(ENDPOINTSLICES, self.namespace, labels=f"kubernetes.io/service-name={service}")
-        return frozenset(
-            endpoint["targetRef"]["name"]
-            for one in slices
-            for endpoint in one.get("endpoints") or []
-            if endpoint.get("conditions", {}).get("ready") and "targetRef" in endpoint
-        )
-
     # ── streams ─────────────────────────────────────────────────────────────────────────────
 
     def watch(
@@ -296,10 +288,12 @@ class Cluster:
         stop: threading.Event,
         *,
         labels: str = "",
+        on_alive: Callable[[], None] = lambda: None,
     ) -> None:
         """List, then watch, until `stop`; lists again after 410 and lost connections. Blocks: run in a thread.
 
-        What was listed arrives as ADDED; what vanished while the watch was down arrives as DELETED.
+        What was listed arrives as ADDED; what vanished while the watch was down arrives as DELETED. `on_alive` is
+        called after each list and each watch request that ended well, every 5 s or so.
         """
         known: dict[str, Obj] = {}
         while not stop.is_set():
@@ -307,8 +301,10 @@ class Cluster:
                 items, version = self._list(kind, namespace, labels, "")
                 for event in _differences(known, items):
                     on_event(event)
+                on_alive()
                 while not stop.is_set():
                     version = self._follow(kind, namespace, labels, version, known, on_event, stop)
+                    on_alive()
             except ClusterError:
                 stop.wait(0.5)  # whoever needs freshness looks at the time of the last event
 
@@ -323,7 +319,7 @@ class Cluster:
         stop: threading.Event,
     ) -> str:
         """One watch request; returns the version at which the next one goes on."""
-        query = {"watch": "1", "resourceVersion": since, "timeoutSeconds": "60", **_selectors(labels, "")}
+        query = {"watch": "1", "resourceVersion": since, "timeoutSeconds": "5", **_selectors(labels, "")}
         raw = self._send("GET", kind.path(namespace), query=query, timeout=(5, QUIET))
         try:
             for line in _lines(raw, stop):
@@ -365,6 +361,7 @@ def to_node(obj: Obj) -> Node:
         zone=obj["metadata"].get("labels", {}).get(ZONE_LABEL, ""),
         ready=conditions.get("Ready", ("", ""))[0] == "True",
         unschedulable=bool(obj.get("spec", {}).get("unschedulable")),
+        cordoned_by=(obj["metadata"].get("annotations") or {}).get(CORDONED, ""),
         gpus=int(status.get("allocatable", {}).get("nvidia.com/gpu", 0)),
         conditions=conditions,
     )
@@ -478,9 +475,11 @@ def _kubeconfig(named: str, context: str) -> str:
         raise ClusterError(f"No kubeconfig at {named or '~/.kube/config'}: name one with --kubeconfig FILE.")
     try:
         contexts, _ = k8s_config.list_kube_config_contexts(config_file=files)
-    except (k8s_config.ConfigException, yaml.YAMLError) as wrong:
+        names = [found["name"] for found in contexts or []]
+    except (k8s_config.ConfigException, yaml.YAMLError, OSError) as wrong:
         raise ClusterError(f"The kubeconfig {files} cannot be used: {wrong}") from wrong
-    names = [found["name"] for found in contexts or []]
+    except (TypeError, AttributeError, KeyError, ValueError) as wrong:
+        raise ClusterError(f"The kubeconfig {files} is not a kubeconfig: name another with --kubeconfig.") from wrong
     if context not in names:
         raise ClusterError(f"Context {context!r} is not in {files}; it has: {', '.join(names) or 'none'}.")
     return files

@@ -68,41 +68,59 @@ class Run:
         after: Sequence[Objective] = (),
     ) -> Result:
         """Run it (`--trials` times) and return the worst result."""
-        spec = Spec(name_of(self._item), traffic, fault, Objectives(tuple(before), tuple(during), tuple(after)))
+        name = name_of(self._item)
+        if self._item.stash[JUDGED]:
+            told = not_begun(name, "the test called `experiment` twice: one experiment per test")
+            remember(self._item, told)
+            self._item.stash[JUDGED] = [told]
+            return Result(told)
+        spec = Spec(name, traffic, fault, Objectives(tuple(before), tuple(during), tuple(after)))
         judged = self._run(spec)
-        for one in judged:
-            remember(self._item, one)
         worst = max(judged, key=lambda one: one.verdict.rank)
         self._item.stash[JUDGED] = [worst]
         return Result(worst)
 
     def _run(self, spec: Spec) -> list[Judgement]:
+        judged: list[Judgement] = []
         try:
             arena = opened(self._item.config, self._options).arena
             if arena.settings.dry_run:
                 with Uncaptured(self._item.config):
                     dry_run(arena, spec)
                 pytest.skip("dry run: manifests validated, nothing applied")
-            judged = [self._trial(arena, spec, trial) for trial in range(1, arena.settings.trials + 1)]
+            for trial in range(1, arena.settings.trials + 1):
+                judged.append(self._trial(arena, spec, trial))
+                if self._item.session.shouldstop:
+                    break
             if len(judged) > 1:
                 with Uncaptured(self._item.config):
                     arena.say(f"{spec.name}: {pool(judged).story}")
             return judged
-        except MissingCapability as missing:
-            if missing.name in (self._options.get("allow_missing") or ()):
-                pytest.skip(f"{missing.name} is missing, which --allow-missing accepts: {missing}")
-            return [not_begun(spec.name, str(missing))]
         except GamedayError as wrong:
-            return [not_begun(spec.name, str(wrong))]
+            if isinstance(wrong, MissingCapability) and not judged and wrong.name in self._allowed():
+                pytest.skip(f"{wrong.name} is missing, which --allow-missing accepts: {wrong}")
+            told = not_begun(spec.name, str(wrong))
+            remember(self._item, told)
+            return [*judged, told]
+
+    def _allowed(self) -> tuple[str, ...]:
+        """Capabilities that may be missing, by whatever setting; by the options alone before there is an arena."""
+        if OPENED in self._item.config.stash:
+            return self._item.config.stash[OPENED].arena.settings.allow_missing
+        return self._options.get("allow_missing") or ()
 
     def _trial(self, arena: Arena, spec: Spec, trial: int) -> Judgement:
         session = Session(arena, spec, trial)
         config = self._item.config
         with Uncaptured(config), config.stash[LIVE]:
-            received = execute(session, spec.name.replace("_", " "), arena.seed)
+            try:
+                execute(session, spec.name.replace("_", " "), arena.seed)
+            finally:
+                if session.interrupted is not None:
+                    self._item.session.shouldstop = "interrupted: healed and stopped"
             judgement = session.conclude()
-        if received is not None:
-            self._item.session.shouldstop = "interrupted: healed and stopped"
+        if judgement is not None:
+            remember(self._item, judgement)
         assert judgement is not None, "a session that ran has a plan, or raised"
         return judgement
 

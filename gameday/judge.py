@@ -23,6 +23,7 @@ from gameday.model import (
     Outcome,
     Phase,
     PhaseMark,
+    PodMark,
     Step,
     Timeline,
     Verdict,
@@ -85,6 +86,7 @@ def soundness(timeline: Timeline, objectives: Objectives, findings: tuple[Findin
         _load_conserved(timeline),
         _enough(timeline, objectives),
         _fit(timeline),
+        _aimed(timeline),
         _steady(timeline, findings),
         _proven(timeline),
         _healed(timeline),
@@ -227,6 +229,22 @@ def _fit(timeline: Timeline) -> Finding:
         unit="share",
         samples=sum(len(b) for b in beats.values()),
     )
+
+
+def _aimed(timeline: Timeline) -> Finding:
+    """The requests were served by the pods that are watched and broken, not by some other service."""
+    title = "load reaches the system under test"
+    span = window(timeline, Phase.BEFORE)
+    answers = [r for r in timeline.replies if r.ok and span and r.t_intended in span]
+    named = [r for r in answers if r.pod or r.via]
+    if not named and not timeline.about.settings.get("served_by", "x-served-by"):
+        return _run(title, PASS, "not checked: served_by is empty, so that answers do not name their pod")
+    if not named:
+        return _run(title, INCONCLUSIVE, "no answer names the pod that served it: set served_by to a header that does")
+    pods = {m.pod.rsplit("/", 1)[-1] for m in of(timeline, PodMark)}
+    ours = sum(1 for r in named if any(n.rsplit("/", 1)[-1] in pods for n in (r.pod, r.via) if n))
+    said = f"{ours} of {len(answers)} answers before the fault came from pods of {timeline.about.namespace}"
+    return _run(title, PASS if ours else INCONCLUSIVE, said, ours / len(answers), unit="share", samples=len(answers))
 
 
 def _steady(timeline: Timeline, findings: tuple[Finding, ...]) -> Finding:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 from faults.base import OURS, ROLE, RUN, Undo
 from faults.undo import undo
 from gameday.cluster import Cluster
-from gameday.errors import HealError, LockError
+from gameday.errors import ClusterError, HealError, LockError
 from gameday.kinds import BY_KIND, CONFIGMAPS
-from gameday.lock import live_holder
+from gameday.lock import live_holder, remove_dead
 
 _UNDO: TypeAdapter[Undo] = TypeAdapter(Undo)
 LEDGERS = f"{OURS},{ROLE}=ledger"
@@ -51,7 +52,7 @@ class Ledger:
         """The undo is verified: strike it out, in the cluster first (the local line only informs)."""
         key = self._keys[entry]
         self._cluster.patch(CONFIGMAPS, self._name, {"data": {key: None}}, self._cluster.namespace)
-        with self._path.open("a") as file:
+        with suppress(OSError), self._path.open("a") as file:  # a full disk must not stop the next undo
             file.write(json.dumps({"key": key, "done": True}) + "\n")
 
     def close(self) -> None:
@@ -121,7 +122,7 @@ def heal(cluster: Cluster, *, run: str | None = None, within: float = 60.0, say:
                 say(f"{left.run}: {undo(cluster, entry, within=within)}")
                 cluster.patch(CONFIGMAPS, left.ledger, {"data": {key: None}}, cluster.namespace)
                 count += 1
-            except HealError as wrong:
+            except (HealError, ClusterError) as wrong:
                 failed.append(str(wrong))
                 broken = True
         if not broken:
@@ -134,4 +135,5 @@ def heal(cluster: Cluster, *, run: str | None = None, within: float = 60.0, say:
             failed.append(str(wrong))
     if failed:
         raise HealError("Not everything could be undone:\n  " + "\n  ".join(failed))
+    remove_dead(cluster)
     return count

@@ -16,6 +16,7 @@ from gameday.errors import ClusterError, LockError
 from gameday.kinds import CONFIGMAPS, LEASES
 
 NAME = "gameday"
+UNDER_TEST = "gameday.dev/namespace"  # annotation: the namespace under test, where its ledger lies
 CLUSTER_WIDE = ("gameday-cluster", "default")  # every cluster has that namespace
 LASTS = 20.0  # seconds without renewal until others may take it over
 RENEW = 4.0
@@ -58,6 +59,17 @@ def live_holder(cluster: Cluster) -> Holder | None:
     return holder if holder and holder.name and holder.live else None
 
 
+def remove_dead(cluster: Cluster) -> int:
+    """Delete the expired leases of game days on this namespace; returns how many there were."""
+    count = 0
+    for name, namespace in ((NAME, cluster.namespace), CLUSTER_WIDE):
+        lease = cluster.find(LEASES, name, namespace)
+        ours = lease is not None and (lease["metadata"].get("annotations") or {}).get(UNDER_TEST) == cluster.namespace
+        if lease is not None and ours and not holder_of(lease).live:
+            count += cluster.delete(LEASES, name, namespace)
+    return count
+
+
 class Lock:
     """Held from `acquire` to `release`; `lost` is set when it could not be renewed in time."""
 
@@ -89,10 +101,16 @@ class Lock:
             "acquireTime": _show(now),
             "renewTime": _show(now),
         }
+        annotations = {UNDER_TEST: self._cluster.namespace}
         lease = {
             "apiVersion": LEASES.api_version,
             "kind": LEASES.kind,
-            "metadata": {"name": name, "namespace": namespace, "labels": self._labels},
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "labels": self._labels,
+                "annotations": annotations,
+            },
             "spec": spec,
         }
         old = self._cluster.find(LEASES, name, namespace)
@@ -101,7 +119,7 @@ class Lock:
                 self._cluster.create(LEASES, lease)
                 return
             self._check_free(old, namespace)
-            lease["metadata"] = {**old["metadata"], "labels": self._labels}
+            lease["metadata"] = {**old["metadata"], "labels": self._labels, "annotations": annotations}
             self._cluster.replace(LEASES, lease)
         except Refused as refused:
             if refused.code == 409:  # another one was quicker
@@ -116,7 +134,8 @@ class Lock:
             return
         if holder.live:
             raise LockError(f"{holder} holds the lock in {namespace}: wait for it, or stop it.")
-        # Ledgers lie in the namespace under test, whichever lease has expired.
+        # Ledgers lie in the namespace that was under test, whichever lease has expired.
+        namespace = (lease["metadata"].get("annotations") or {}).get(UNDER_TEST, namespace)
         left = self._cluster.list(
             CONFIGMAPS, namespace, labels="app.kubernetes.io/managed-by=gameday,gameday.dev/role=ledger"
         )

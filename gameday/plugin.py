@@ -34,6 +34,7 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--trials", {"type": int, "help": "repeat each experiment K times; the worst verdict counts"}),
     ("--runs-dir", {"help": "where run directories go (default: runs)"}),
     ("--dry-run", {"action": "store_true", "default": None, "help": "print and validate manifests, apply nothing"}),
+    ("--allow-node-replacement", {"action": "store_true", "default": None, "help": "faults may get nodes replaced"}),
     ("--allow-missing", {"action": "append", "help": "skip, instead of failing, where this capability is missing"}),
 )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
+import signal
 import sys
 import threading
 from collections import deque
@@ -28,7 +29,16 @@ from faults.base import EXPIRES, MANAGED, RUN, Apply, Cut, Dead, Detected, Fault
 from gameday import clock, record
 from gameday.clock import Epoch, Instant
 from gameday.cluster import Cluster
-from gameday.errors import ClusterError, ExperimentError, HealError, LoadError, LockError
+from gameday.errors import (
+    ClusterError,
+    ExperimentError,
+    GamedayError,
+    HealError,
+    LoadError,
+    LockError,
+    MissingCapability,
+    RecordError,
+)
 from gameday.judge import judge
 from gameday.kinds import DEPLOYMENTS, PODS
 from gameday.ledger import Ledger, strays
@@ -48,7 +58,7 @@ from gameday.model import (
     Timeline,
 )
 from gameday.objectives import Objective, Objectives, Recovers, override
-from gameday.preflight import Preflight
+from gameday.preflight import CHAOS, Preflight
 from gameday.settings import Settings
 from gameday.units import show_duration
 from loadgen import launch, plan as load_plan
@@ -68,9 +78,12 @@ PACKAGES = (
     "prometheus-api-client",
 )  # whose versions a record names
 SCRAPES = 4  # a judged window holds at least so many scrape intervals
+GONE_WITHIN = 10.0  # seconds after the undo until the effect must be seen to be gone
 WARM_UP = 2.0  # seconds of load before the steady state is looked at (connections, caches)
+WATCH_SILENT = 20.0  # seconds without a sign of life from a watch until it is called blind
 DRAIN = 4.0  # seconds that requests under way get at the end
 RECENT = 3.0  # seconds that live figures look back
+HEALS = 2  # attempts; what is not undone then is for `gameday heal`, and the verdict says so
 REBALANCE_WITHIN = 120.0  # seconds for a rollout restart
 
 
@@ -141,37 +154,61 @@ class Session:
         self._harm: Instant | None = None
         self._undone: list[Undo] = []
         self._healed = self._finished = False
+        self._heals = 0
         self._gone: frozenset[str] = frozenset()
+        self._record_broken = ""
+        self._signalled = 0.0  # when the signal Job ran: detections count from then on
+        self.interrupted: int | None = None
         self._baseline = 0.0
         self.judgement: Judgement | None = None
 
     # ── the record ──────────────────────────────────────────────────────────────────────────
 
     def emit(self, event: Event) -> None:
+        """Record it. Never raises: a full disk must not keep us from healing; it makes the verdict ERROR."""
         with self._lock_guard:
             self._events.append(event)
-            if self._recorder:
-                self._recorder.event(event)
+            try:
+                if self._recorder:
+                    self._recorder.event(event)
+            except (OSError, RecordError) as wrong:
+                self._record_broken = self._record_broken or str(wrong)
 
     def _emit_sample(self, sample: Sample) -> None:
         with self._lock_guard:
             self._samples.append(sample)
-            if self._recorder:
-                self._recorder.sample(sample)
+            try:
+                if self._recorder:
+                    self._recorder.sample(sample)
+            except (OSError, RecordError) as wrong:
+                self._record_broken = self._record_broken or str(wrong)
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a console that is gone (EPIPE, EIO, closed)
+            self._arena.say(line)
 
     def note(self, level: str, text: str) -> None:
         self.emit(Note(clock.now(), level, text))  # type: ignore[arg-type]
         if level != "info":
-            self._arena.say(f"{level}: {text}")
+            self._say(f"{level}: {text}")
 
     def _mark(self, step: Step, ok: bool, what: str = "", detail: str = "", **more: Any) -> None:
         self.emit(FaultMark(more.pop("t", clock.now()), step, ok, what, detail, **more))
 
     def stop(self, level: str, text: str) -> None:
-        """End what is going on: heal, and judge with this note. Called from any thread and from signals."""
-        if not self._stop.is_set():
-            self._stop.set()
+        """End what is going on: heal, and judge with this note. May be called from any thread.
+
+        The first reason counts, but an error is always noted.
+        """
+        first = not self._stop.is_set()
+        self._stop.set()
+        if first or level == "error":
             self.note(level, text)
+
+    def interrupt(self, number: int) -> None:
+        """A signal arrived: stop, heal without waiting for anybody to be ready, and start nothing more."""
+        self.interrupted = number
+        self.stop("error", f"interrupted by {signal.Signals(number).name}: healing")
 
     @property
     def stopped(self) -> bool:
@@ -182,7 +219,8 @@ class Session:
     def expected(self) -> float:
         """Seconds that the experiment takes at most, for people."""
         hold = self._hold
-        return WARM_UP + self._settings.steady + self.spec.fault.lasting + 2 * hold + 15
+        rto = self.spec.recovers.within if self.spec.recovers else hold
+        return WARM_UP + self._settings.steady + self.spec.fault.lasting + hold + rto + 15
 
     @property
     def _hold(self) -> float:
@@ -190,6 +228,7 @@ class Session:
 
     def check_spec(self) -> None:
         """Contradictions of the experiment with itself; needs no cluster."""
+        _labels(self._settings.selector)
         spec, scrape = self.spec, self._settings.scrape_interval
         if not any(isinstance(one, Objective) for _, one in spec.objectives.items()):
             raise ExperimentError(f"{spec.name} asks nothing of the service: give it objectives.")
@@ -211,13 +250,13 @@ class Session:
     def prepare(self) -> None:
         """Preflight, plan, lock, ledger, probers, load: nothing is harmed yet."""
         self.check_spec()
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self._recorder = record.Recorder(self.dir)
+        self._open_record()
         Preflight(self._cluster, self._arena.prometheus, self._settings).demand()
         view = self.view()
         self._plan = plan = self.spec.fault.plan(view)
+        self._demand(plan.needs)
         self._write_run()
-        self._arena.say(f"{plan.facts.title} · expected to take up to {show_duration(round(self.expected()))}")
+        self._say(f"{plan.facts.title} · expected to take up to {show_duration(round(self.expected()))}")
         holder = f"{self._arena.run_id}/{self.spec.name}"
         self._lock = Lock(self._cluster, holder, dict(view.labels), cluster_wide=plan.cluster_wide)
         self._lock.acquire(on_lost=lambda: self.stop("error", "the lock was lost to another game day"))
@@ -232,7 +271,8 @@ class Session:
             self._save(what, manifest)
         self._watcher = Watcher(self._cluster, _labels(view.selector), self._settings.service, self.emit)
         self._watcher.start()
-        self._reach = Reach(self._cluster, view, self._settings.prober_image, self.expected() + 60)
+        lasts = self.expected() + 2 * self._settings.heal_within + 60
+        self._reach = Reach(self._cluster, view, self._settings.prober_image, lasts)
         self._reach.start(plan, lambda pod: self._save(pod["metadata"]["name"], pod))
         self._start_load()
         self._sampler = Sampler(
@@ -242,6 +282,16 @@ class Session:
             self._emit_sample,
         )
         self._sampler.start()
+
+    def _open_record(self) -> None:
+        try:
+            recorder = record.Recorder(self.dir)
+        except OSError as wrong:
+            raise RecordError(f"{self.dir} cannot be written: {wrong.strerror}; choose another --runs-dir.") from wrong
+        with self._lock_guard:
+            self._recorder = recorder
+            for event in self._events:  # what came before there was a record
+                recorder.event(event)
 
     def view(self) -> View:
         """The cluster as the fault may see it, now."""
@@ -266,6 +316,10 @@ class Session:
             allow_node_replacement=settings.allow_node_replacement,
             sandbox=self._arena.sandbox,
         )
+
+    def _demand(self, needs: tuple[str, ...]) -> None:
+        if missing := set(needs) - self._cluster.served(CHAOS):
+            raise MissingCapability("chaos-mesh", f"This fault needs {', '.join(sorted(missing))}, not served here.")
 
     def _write_run(self) -> None:
         settings, arena = self._settings, self._arena
@@ -299,7 +353,8 @@ class Session:
 
     def _start_load(self) -> None:
         settings = self._settings
-        longest = self.expected() + (REBALANCE_WITHIN if self._plan and self._plan.rebalance else 0) + 60
+        # The plan must outlast everything that may take its time: the heal, and the rebalancing.
+        longest = self.expected() + 2 * self._settings.heal_within + REBALANCE_WITHIN + 60
         plan = load_plan.make(self.spec.traffic, self._arena.seed + self._trial - 1, longest)
         plan.write(self.dir / "plan.json")
         self._load = launch.start(
@@ -354,10 +409,15 @@ class Session:
 
     def inject(self) -> None:
         """All acts in order, each with its control proof and the proof of its effect."""
-        assert self._plan is not None and self._watcher is not None
+        assert self._plan is not None and self._watcher is not None and self._reach is not None
+        if self.stopped or not self._still_valid(self._plan):
+            return
+        self._reach.settle()
         for act in self._plan.acts:
-            if self.stopped:
+            if self._stop.is_set():
                 return
+            if isinstance(act, Job):
+                self._signalled = clock.now()
             if isinstance(act, Apply) and self._harm is None:
                 self._leave(Phase.BEFORE)
                 self._watcher.aim(frozenset(self._plan.facts.pods))
@@ -373,6 +433,20 @@ class Session:
             self._mark(Step.INJECTED, True, act.what, told)
             if isinstance(act, Apply) and act.proof and not self._prove(act):
                 return
+
+    def _still_valid(self, plan: Plan) -> bool:
+        """The cluster is still as it was planned for: the same targets, the same other side."""
+        try:
+            now = self.spec.fault.plan(self.view())
+        except GamedayError as wrong:
+            self.stop("inconclusive", f"the cluster changed between the plan and the injection: {wrong}")
+            return False
+        if now.acts != plan.acts:
+            changed = sorted(set(now.facts.pods) ^ set(plan.facts.pods)) or ["the pods or nodes beside the targets"]
+            what = ", ".join(changed[:4])
+            self.stop("inconclusive", f"the cluster changed between the plan and the injection: {what}")
+            return False
+        return True
 
     def _prove(self, act: Apply) -> bool:
         """Wait for the independent proof that the act bites."""
@@ -440,6 +514,8 @@ class Session:
         if self._sampler is not None and self._sampler.blind_for() > limit:
             why = self._sampler.last_error or "no answer"
             self.stop("inconclusive", f"Prometheus has been blind for {self._sampler.blind_for():.1f} s ({why})")
+        if self._watcher is not None and (blind := self._watcher.blind(WATCH_SILENT)):
+            self.stop("inconclusive", f"Kubernetes cannot be seen: {blind}")
         if self._harm is not None and not self._healed:
             share = self._share(self._settings.stop_after)
             if share is not None and share < self._settings.stop_below:
@@ -481,10 +557,11 @@ class Session:
     def _check_detected(self, proof: Detected) -> None:
         if self._watcher is None or proof.node in self._reported:
             return
-        found = self._watcher.detection(proof.node, proof.xid)
+        found = self._watcher.detection(proof.node, proof.xid, self._signalled)
         if found is not None:
             self._reported.add(proof.node)
             self.emit(NodeMark(found.t, proof.node, "detected", "", found.text))
+            self._mark(Step.EFFECT, True, "signal", found.text)
 
     def _progress(self) -> Progress:
         now = clock.now()
@@ -512,34 +589,48 @@ class Session:
 
     def heal(self) -> None:
         """Undo everything of stage "heal", in the plan's order, and see that it is undone. Safe to repeat."""
-        if self._ledger is None or self._plan is None or self._healed:
+        if self._ledger is None or self._plan is None or self._healed or self._heals >= HEALS:
             return
+        self._heals += 1
         one_shot = self._plan.facts.one_shot
+        if self._harm is not None and not self._undone:
+            self._demand_detection()
         if self._harm is not None and not self._undone:
             if not one_shot:
                 self._mark(Step.UNDO, True)
             self._leave(Phase.DURING)
         self._phase, self._phase_ends = "heal", clock.now() + self._settings.heal_within
+        until = clock.now() + 2 * self._settings.heal_within  # for all of them together
         failed = False
         for entry in self._plan.undos:
             if entry not in self._undone:
-                failed |= not self._undo(entry)
+                failed |= not self._undo(entry, min(self._settings.heal_within, max(2.0, until - clock.now())))
         self._healed = not failed
         if self._harm is not None:
             self._see_gone()
             self._mark(Step.HEALED, not failed, detail=f"{len(self._undone)} of {len(self._plan.undos)} undone")
 
-    def _undo(self, entry: Undo) -> bool:
+    def _demand_detection(self) -> None:
+        """A signal that no detector has reported until the heal proved nothing."""
+        assert self._plan is not None
+        for act in self._plan.acts:
+            if isinstance(act, Job) and isinstance(act.proof, Detected) and act.proof.node not in self._reported:
+                self._check_detected(act.proof)
+                if act.proof.node not in self._reported:
+                    told = f"no detector reported Xid {act.proof.xid} on {act.proof.node}"
+                    self._mark(Step.EFFECT, False, "signal", told)
+
+    def _undo(self, entry: Undo, within: float) -> bool:
         assert self._ledger is not None
-        # With the API server away, the fault's own end is awaited rather than given up (DESIGN 2).
-        within = self._settings.heal_within
         try:
             told = undoing.undo(self._cluster, entry, within=within)
-            if entry.running:
+            if entry.running and self.interrupted is None:
                 with contextlib.suppress(clock.Waited):  # judged by objectives, not by the heal
                     what = "containers run again"
                     run = partial(undoing.containers_run, self._cluster, entry.running)
                     clock.wait_until(run, within=within, what=what)
+                if paused := undoing.still_paused(self._cluster, entry.running):
+                    raise HealError(f"{', '.join(paused)} still have the pause image: delete these pods.")
             self._ledger.done(entry)
         except (HealError, ClusterError) as wrong:
             self._mark(Step.RECOVERED, False, entry.what, str(wrong))
@@ -556,16 +647,19 @@ class Session:
             proof = getattr(act, "proof", None)
             if not isinstance(act, Apply) or not isinstance(proof, Cut):
                 continue
-            until, seen = clock.now() + 10, self._reach.look_gone(proof, self._gone)
+            until, seen = clock.now() + GONE_WITHIN, self._reach.look_gone(proof, self._ready_keys())
             while not seen.settled and clock.now() < until:
                 clock.pause(EVERY / 2)
-                seen = self._reach.look_gone(proof, self._gone)
+                seen = self._reach.look_gone(proof, self._ready_keys())
             self._mark(Step.GONE, seen.settled, act.what, seen.detail)
         if not any(isinstance(getattr(act, "proof", None), Cut) for act in self._plan.acts):
             fresh = strays(self._cluster, self._arena.run_id)
             kinds = [one for one in fresh if one.kind not in ("Pod", "Job")]
             told = ", ".join(one.name for one in kinds) or "no chaos resource is left"
             self._mark(Step.GONE, not kinds, self._plan.facts.name, told)
+
+    def _ready_keys(self) -> frozenset[str]:
+        return self._watcher.ready_keys() if self._watcher else frozenset()
 
     # ── after ───────────────────────────────────────────────────────────────────────────────
 
@@ -617,26 +711,26 @@ class Session:
 
     # ── finish ──────────────────────────────────────────────────────────────────────────────
 
-    def finish(self) -> Judgement | None:
+    def finish(self) -> None:
         """Stop the load, take away everything of ours, judge, report. Runs however the experiment went."""
         if self._finished:
-            return self.judgement
+            return
         self._finished = True
         self._phase, self._phase_ends = "finish", clock.now() + DRAIN
-        self._end_load()
-        if self._sampler:
-            self._sampler.stop()
-        self._clean()
-        if self._watcher:
-            self._watcher.stop()
-        if self._recorder is None or self._plan is None:
-            if self._recorder:
-                self._recorder.close()
-            return None
-        with self._lock_guard:
-            self._recorder.close()
-            self._recorder = None
-        return self.judgement
+        try:
+            self._end_load()
+            if self._sampler:
+                self._sampler.stop()
+        finally:
+            try:
+                self._clean()
+            finally:
+                if self._watcher:
+                    self._watcher.stop()
+                with self._lock_guard:
+                    recorder, self._recorder = self._recorder, None
+                if recorder is not None:
+                    recorder.close()
 
     @property
     def allow_missing(self) -> tuple[str, ...]:
@@ -651,6 +745,10 @@ class Session:
         """Seal the record, judge it as anyone can do again, and write the report."""
         if self._plan is None:
             return None
+        if self._record_broken:
+            raise RecordError(
+                f"{self.dir}: the record could not be written ({self._record_broken}), so nothing is judged."
+            )
         record.seal(self.dir)
         timeline, objectives = record.load(self.dir)
         self.judgement = judge(timeline, objectives)
@@ -679,9 +777,12 @@ class Session:
             if self._ledger is not None:
                 left += self._clean_ledger(self._ledger)
             left += [f"{one.kind} {one.name}" for one in strays(self._cluster, self._arena.run_id)]
-            self._lock.release()
         except (ClusterError, LockError) as wrong:
             left.append(str(wrong))
+        try:
+            self._lock.release()
+        except ClusterError as wrong:
+            left.append(f"the lock ({wrong})")
         detail = ", ".join(left) or "nothing of ours is left"
         self._mark(Step.CLEAN, not left, detail=detail)
 

@@ -29,6 +29,10 @@ ONLY_BY_HAND = ("context", "kubeconfig", "in_cluster")  # never from a file that
 
 OTHER_VARIABLES = frozenset({"GAMEDAY_STATE_DIR"})  # read elsewhere
 
+SANDBOX_SAYS = frozenset(
+    {"context", "kubeconfig", "namespace", "allow_namespaces", "selector", "service", "target", "model", "prometheus"}
+)
+
 Share = Annotated[float, Field(gt=0, le=1)]
 Duration = Annotated[float, Field(gt=0)]
 
@@ -119,6 +123,9 @@ _beneath: tuple[PydanticBaseSettingsSource, ...] = ()  # file and sandbox, for t
 def load(options: Mapping[str, Any], *, file: Path | None = None, sandbox: Mapping[str, Any] | None = None) -> Settings:
     """Merge all sources. `options` and `sandbox` may hold None for "not given".
 
+    What a sandbox says of *where things are* (`SANDBOX_SAYS`) goes above file and environment, which may speak of
+    another cluster: its load must never go elsewhere. The rest of it lies beneath everything.
+
     Raises `SettingsError` that names the source and the key.
     """
     _check_environment()
@@ -127,9 +134,10 @@ def load(options: Mapping[str, Any], *, file: Path | None = None, sandbox: Mappi
     written = _read(path) if file or path.exists() else {}
     given = {key: value for key, value in options.items() if value is not None}
     known = {key: value for key, value in (sandbox or {}).items() if value is not None}
+    placed = {key: value for key, value in known.items() if key in SANDBOX_SAYS}
     _beneath = (InitSettingsSource(Settings, written), InitSettingsSource(Settings, known))
     try:
-        return Settings(**given)
+        return Settings(**{**placed, **given})
     except ValidationError as wrong:
         raise SettingsError(_explain(wrong, path, written, given)) from wrong
     except EnvironmentUnreadable as wrong:

@@ -7,6 +7,7 @@ verdict (facts/peers.md lists where it is wrong), which comes from the record al
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import logging
@@ -14,8 +15,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from gameday.errors import ExperimentError, GamedayError, MissingCapability
 from gameday.objectives import Objectives
 from gameday.run import Session, Spec
 from loadgen.traffic import Traffic
+from reports import console
 
 STEPS = (
     ("prepare", "preflight, lock, ledger, probers, load"),
@@ -42,7 +44,6 @@ ROLLBACKS = (("heal", "undo whatever is not undone yet"), ("finish", "take away 
 
 _session: Session | None = None
 _crash: BaseException | None = None
-_opener: Callable[[Spec], Session] | None = None  # how `chaos run` gets a session (set by gameday.arena)
 
 
 # ── the experiment as JSON ──────────────────────────────────────────────────────────────────────
@@ -116,12 +117,11 @@ def _step(name: str) -> bool:
 def prepare(spec: Mapping[str, Any]) -> bool:
     global _session  # noqa: PLW0603
     if _session is None:
-        if _opener is None:
-            from gameday import arena  # noqa: PLC0415 - only `chaos run` needs it
+        from gameday import arena  # noqa: PLC0415 - only `chaos run` needs it
 
-            _session = arena.open_named(spec_from_json(spec))
-        else:
-            _session = _opener(spec_from_json(spec))
+        opened = arena.open_named()
+        _session = Session(opened.arena, spec_from_json(spec))
+        _stand_alone(_session)
     return _step("prepare")
 
 
@@ -161,12 +161,11 @@ class _Signals(RunEventHandler):  # type: ignore[misc]
     is told through the wake-up descriptor.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self, session: Session) -> None:
         super().__init__()
         self._session = session
-        self.received: int | None = None
 
     def started(self, experiment: Any, journal: Any) -> None:
         self.install()
@@ -199,15 +198,19 @@ class _Signals(RunEventHandler):  # type: ignore[misc]
         while data := ears.recv(16):
             for number in data:
                 if number in self.NUMBERS:
-                    self.received = number
-                    self._session.stop("error", f"interrupted by {signal.Signals(number).name}: healing")
+                    self._session.interrupt(number)
 
 
 @contextmanager
 def _log_to(directory: Path) -> Iterator[None]:
     """chaoslib's log belongs to the record, not to the console."""
     log = logging.getLogger("chaostoolkit")
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=False)
+    except FileExistsError as twice:
+        raise ExperimentError(f"{directory} exists: two experiments of one run need different names.") from twice
+    except OSError as wrong:
+        raise ExperimentError(f"{directory} cannot be made: {wrong.strerror}; choose another --runs-dir.") from wrong
     handler = logging.FileHandler(directory / "chaostoolkit.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     was = log.propagate, log.level
@@ -221,10 +224,33 @@ def _log_to(directory: Path) -> Iterator[None]:
         handler.close()
 
 
-def execute(session: Session, title: str, seed: int) -> int | None:
+def _stand_alone(session: Session) -> None:
+    """Under plain `chaos run` nobody heals after Ctrl-C or judges at the end: hear signals, and do both on the way out.
+
+    chaos exits 0 for a failed experiment; so this ends the process with 1 unless the verdict is PASS.
+    """
+    stack = ExitStack()
+    stack.enter_context(_Signals(session).heard())
+    stack.enter_context(_log_to(session.dir))
+
+    def conclude() -> None:
+        try:
+            session.heal()
+        finally:
+            session.finish()
+        stack.close()
+        judgement = session.conclude()
+        print(console.story(judgement) if judgement else "ERROR: the experiment could not begin", flush=True)
+        if judgement is None or not judgement.passed:
+            os._exit(1)
+
+    atexit.register(conclude)
+
+
+def execute(session: Session, title: str, seed: int) -> None:
     """Run the session's experiment under chaoslib, in the main thread; heals and finishes whatever happens.
 
-    Returns the number of the signal that interrupted it, if one did. Raises what went wrong (`GamedayError` as it
+    Raises what went wrong (`GamedayError` as it
     was, anything else as the bug that it is) after healing.
     """
     global _session, _crash
@@ -246,8 +272,10 @@ def execute(session: Session, title: str, seed: int) -> int | None:
                 )
             finally:
                 # Independent of chaoslib: some of its failures skip the rollbacks.
-                session.heal()
-                session.finish()
+                try:
+                    session.heal()
+                finally:
+                    session.finish()
         crash = _crash
     finally:
         _session, _crash = None, None
@@ -255,7 +283,6 @@ def execute(session: Session, title: str, seed: int) -> int | None:
         _write(session.dir / "experiment.json", experiment)
         _write(session.dir / "journal.json", journal)
     _reraise(crash, session)
-    return signals.received
 
 
 def _reraise(crash: BaseException | None, session: Session) -> None:

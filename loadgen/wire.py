@@ -146,7 +146,7 @@ def call(address: str, token: str, ca_file: Path | None) -> Wire:
 
 
 def _introduce(wire: Wire, token: str) -> None:
-    hello = wire.one(HELLO_WITHIN)
+    hello = wire.one(2 * HELLO_WITHIN)  # a stranger may be at its door just now
     if "error" in hello:
         raise Gone(str(hello["error"]))
     if hello.get("gameday") != VERSION:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from faults.act import records
 from faults.base import MANAGED
@@ -42,13 +43,15 @@ class Watcher:
         self._events: set[tuple[str, int]] = set()
         self._targets: frozenset[str] = frozenset()
         self._aimed = False
-        self._started = clock.now()
+        self._alive: dict[str, float] = {}  # watch → when it last proved to live
+        self._listed: set[str] = set()  # watches whose first list is in
+        self.broken = ""  # what a handler could not read: from then on this watch is no witness
         self.detections: list[Detection] = []
 
     def start(self, chaos: bool = True) -> None:
         self._zones = self._cluster.zones_of_nodes()
         namespace = self._cluster.namespace
-        watches: list[tuple[Kind, str | None, Callable[[Watched], None]]] = [
+        watches: list[tuple[Kind, str | None, Callable[[Watched, bool], None]]] = [
             (NODES, None, self._on_node),
             (PODS, namespace, self._on_pod),
             (ENDPOINTSLICES, namespace, self._on_slice),
@@ -58,12 +61,27 @@ class Watcher:
         if chaos:
             watches += [(PODCHAOS, namespace, self._on_chaos), (NETWORKCHAOS, namespace, self._on_chaos)]
         for kind, where, handler in watches:
+            name = f"{kind.plural} in {where}" if where else kind.plural
+            self._alive[name] = clock.now()
             threading.Thread(
                 target=self._cluster.watch,
-                args=(kind, where, self._guarded(handler), self._stop),
-                name=f"watch-{kind.plural}",
+                args=(kind, where, self._guarded(name, handler), self._stop),
+                kwargs={"on_alive": partial(self._lives, name)},
+                name=f"watch-{name}",
                 daemon=True,
             ).start()
+
+    def _lives(self, name: str) -> None:
+        self._alive[name] = clock.now()
+        self._listed.add(name)
+
+    def blind(self, longer_than: float) -> str:
+        """Why a watch cannot be trusted, "" when all can."""
+        if self.broken:
+            return self.broken
+        now = clock.now()
+        silent = [name for name, last in self._alive.items() if now - last > longer_than]
+        return f"no word from the watch of {', '.join(silent)} for {longer_than:.0f} s" if silent else ""
 
     def stop(self) -> None:
         self._stop.set()
@@ -78,11 +96,22 @@ class Watcher:
         with self._lock:
             return tuple(pod for pod in self._pods.values() if self._selected(pod))
 
-    def _guarded(self, handler: Callable[[Watched], None]) -> Callable[[Watched], None]:
+    def ready_keys(self) -> frozenset[str]:
+        """ "ns/pod" of every pod that is Ready now."""
+        with self._lock:
+            return frozenset(pod.key for pod in self._pods.values() if pod.ready)
+
+    def _guarded(self, name: str, handler: Callable[[Watched, bool], None]) -> Callable[[Watched], None]:
+        """`handler(event, fresh)`: `fresh` is False for what the first list brought, which is older than we are."""
+
         def run(event: Watched) -> None:
-            if not self._stop.is_set():
-                with self._lock:
-                    handler(event)
+            if self._stop.is_set():
+                return
+            with self._lock:
+                try:
+                    handler(event, name in self._listed)
+                except (KeyError, TypeError, ValueError, AttributeError) as wrong:
+                    self.broken = f"the watch of {name} met an object that it cannot read ({wrong!r})"
 
         return run
 
@@ -91,7 +120,7 @@ class Watcher:
 
     # ── pods ────────────────────────────────────────────────────────────────────────────────
 
-    def _on_pod(self, event: Watched) -> None:
+    def _on_pod(self, event: Watched, fresh: bool) -> None:
         pod = to_pod(event.object, self._zones)
         old = self._pods.get(pod.uid)
         if pod.labels.get(MANAGED) == "gameday":
@@ -102,8 +131,7 @@ class Watcher:
             return
         self._pods[pod.uid] = pod
         if old is None:
-            first = clock.now() - self._started < 1.0 and not self._aimed
-            self._mark(pod, "exists" if first else "created")
+            self._mark(pod, "created" if fresh else "exists")
             if pod.ready:
                 self._mark(pod, "ready")
             return
@@ -138,7 +166,7 @@ class Watcher:
 
     # ── endpoints ───────────────────────────────────────────────────────────────────────────
 
-    def _on_slice(self, event: Watched) -> None:
+    def _on_slice(self, event: Watched, fresh: bool) -> None:
         service = event.object["metadata"].get("labels", {}).get("kubernetes.io/service-name", "")
         endpoints = [] if event.type == "DELETED" else event.object.get("endpoints") or []
         seen = set()
@@ -174,7 +202,7 @@ class Watcher:
 
     # ── nodes ───────────────────────────────────────────────────────────────────────────────
 
-    def _on_node(self, event: Watched) -> None:
+    def _on_node(self, event: Watched, fresh: bool) -> None:
         node = to_node(event.object)
         old = self._nodes.get(node.uid)
         self._zones[node.name] = node.zone
@@ -184,15 +212,15 @@ class Watcher:
             return
         self._nodes[node.uid] = node
         if old is None:
-            first = clock.now() - self._started < 1.0
-            self._node(node, "exists" if first else "created")
+            self._node(node, "created" if fresh else "exists")
             if node.ready:
                 self._node(node, "ready")
             return
         if node.ready != old.ready:
             self._node(node, "ready" if node.ready else "not ready", node.conditions.get("Ready", ("", ""))[1])
         if node.unschedulable != old.unschedulable:
-            self._node(node, "cordoned" if node.unschedulable else "uncordoned")
+            ours = "by gameday" if node.cordoned_by or old.cordoned_by else ""
+            self._node(node, "cordoned" if node.unschedulable else "uncordoned", ours)
         for type, state in node.conditions.items():
             if (
                 type != "Ready"
@@ -210,14 +238,14 @@ class Watcher:
 
     # ── Events and chaos records ────────────────────────────────────────────────────────────
 
-    def _on_event(self, event: Watched) -> None:
+    def _on_event(self, event: Watched, fresh: bool) -> None:
         obj = event.object
         key = (obj["metadata"]["uid"], obj.get("count") or (obj.get("series") or {}).get("count") or 1)
         if event.type == "DELETED" or key in self._events:
             return
         self._events.add(key)
-        if clock.now() - self._started < 1.0 and not self._aimed:
-            return  # listed, so older than we are
+        if not fresh:
+            return
         about = obj.get("involvedObject") or obj.get("regarding") or {}
         name = f"{about.get('kind', '')}/{about.get('name', '')}"
         message = obj.get("message") or obj.get("note") or ""
@@ -225,7 +253,7 @@ class Watcher:
         if about.get("kind") == "Node":
             self._detect(about.get("name", ""), f"event {obj.get('reason', '')} {message}")
 
-    def _on_chaos(self, event: Watched) -> None:
+    def _on_chaos(self, event: Watched, fresh: bool) -> None:
         obj = event.object
         resource = f"{obj['kind']}/{obj['metadata']['name']}"
         for record in records(obj):
@@ -236,11 +264,11 @@ class Watcher:
         if event.type == "DELETED":
             self._emit(RecordMark(clock.now(), resource, "", "deleted"))
 
-    def detection(self, node: str, xid: int) -> Detection | None:
-        """The first report of this Xid on this node since the watch began."""
+    def detection(self, node: str, xid: int, since: float) -> Detection | None:
+        """The first report of this Xid on this node after `since`."""
         with self._lock:
             for found in self.detections:
-                if found.node == node and names_xid(found.text, xid):
+                if found.node == node and found.t >= since and names_xid(found.text, xid):
                     return found
         return None
 

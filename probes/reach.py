@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from faults.base import ROLE, Cut, Dead, Plan, View
 from gameday import clock
-from gameday.cluster import Cluster, Obj, Quiet
+from gameday.cluster import Cluster, Obj, Pod, Quiet
 from gameday.errors import ClusterError, MissingCapability
 from gameday.kinds import PODS
 
@@ -133,6 +133,7 @@ class Reach:
     def __init__(self, cluster: Cluster, view: View, image: str, lasts: float) -> None:
         self._cluster, self._view, self._image, self._lasts = cluster, view, image, lasts
         self._tracks: dict[str, _Track] = {}
+        self._usual: frozenset[tuple[str, str]] = frozenset()  # (prober's zone, target) that worked before the harm
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -143,7 +144,7 @@ class Reach:
         """
         known: list[Target] = []
         for name, zone in sorted(self._view.probers, key=lambda one: (one[1] != plan.cuts, one)):
-            targets = (*self._targets(), *known)
+            targets = (*self._targets(plan.facts.pods), *known)
             pod = self._manifest(name, zone, targets, plan.avoid)
             on_created(pod)
             self._cluster.create(PODS, pod)
@@ -162,13 +163,27 @@ class Reach:
     def stop(self) -> None:
         self._stop.set()
 
-    def _targets(self) -> tuple[Target, ...]:
-        pods = sorted(self._view.pods, key=lambda pod: (pod not in self._view.engines, pod.name))
+    def settle(self) -> None:
+        """Remember which pairs work, right before the harm: only they can prove anything by failing."""
+        with self._lock:
+            self._usual = frozenset(
+                (zone, key)
+                for zone, track in self._tracks.items()
+                for key, up in track.up.items()
+                if up and track.row[key] >= AGREE
+            )
+
+    def _targets(self, aimed: tuple[str, ...]) -> tuple[Target, ...]:
+        def order(pod: Pod) -> tuple[bool, bool, str]:
+            return pod.key not in aimed, pod not in self._view.engines, pod.name
+
+        pods = sorted(self._view.pods, key=order)
         usable = [pod for pod in pods if pod.ready and pod.ip and pod.ports and not pod.host_network]
         return tuple(Target(pod.key, pod.zone, pod.ip, pod.ports[0]) for pod in usable[:MAX_TARGETS])
 
     def _manifest(self, name: str, zone: str, targets: tuple[Target, ...], avoid: tuple[str, ...]) -> Obj:
-        labels = dict(self._view.labels) | {ROLE: "prober"}
+        # A sidecar would take every connection itself, and nothing would ever fail.
+        labels = dict(self._view.labels) | {ROLE: "prober", "sidecar.istio.io/inject": "false"}
         metadata = {"name": name, "namespace": self._view.namespace, "labels": labels}
         addresses = json.dumps([[target.ip, target.port] for target in targets])
         numbers = [str(EVERY), str(PATIENCE), str(self._lasts), str(PORT)]
@@ -180,6 +195,7 @@ class Reach:
             "spec": {
                 **selector,
                 **_elsewhere(avoid),
+                "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],  # where the engines are
                 "restartPolicy": "Never",
                 "activeDeadlineSeconds": int(self._lasts) + 30,  # its own end, should nobody come back for it
                 "terminationGracePeriodSeconds": 1,
@@ -222,7 +238,7 @@ class Reach:
     def _follow(self, name: str, track: _Track) -> None:
         while not self._stop.is_set():
             try:
-                for line in self._cluster.logs(name, self._view.namespace, self._stop):
+                for line in self._cluster.logs(name, self._view.namespace, self._stop, container="prober"):
                     self._take(track, line)
             except Quiet:
                 continue
@@ -253,16 +269,24 @@ class Reach:
         with self._lock:
             pairs = self._pairs(proof, gone)
             if not pairs.must_fail:
-                return Seen(False, False, 0, 0, "no prober can see the targets")
+                return Seen(False, False, 0, 0, "no prober could reach the targets before")
+            if isinstance(proof, Dead) and (unseen := set(proof.pods) - {key for _, key in pairs.must_fail}):
+                return Seen(False, False, 0, 0, f"no prober could reach {', '.join(sorted(unseen))} before")
             if not pairs.must_work:
                 return Seen(False, False, 0, 0, "no uncut pair is left as a control")
             return _judge(pairs, self._tracks)
 
-    def look_gone(self, proof: Cut | Dead, gone: frozenset[str] = frozenset()) -> Seen:
-        """Whether the effect is over: the pairs that had to fail work again (those that still can)."""
+    def look_gone(self, proof: Cut | Dead, ready: frozenset[str]) -> Seen:
+        """Whether the effect is over: the pairs that had to fail work again, those whose pod is `ready` now.
+
+        Probers count as well; with no pair left, nothing was seen.
+        """
+        ours = {f"{self._view.namespace}/{name}" for name, _ in self._view.probers}
         with self._lock:
-            pairs = self._pairs(proof, gone)
-            again = tuple(pair for pair in pairs.must_fail if pair[1] not in gone)
+            pairs = self._pairs(proof, frozenset())
+            again = tuple(pair for pair in pairs.must_fail if pair[1] in ready or pair[1] in ours)
+            if not again:
+                return Seen(False, False, 0, 0, "no pair is left that could show it")
             return _judge(_Pairs((), again), self._tracks)
 
     def _pairs(self, proof: Cut | Dead, gone: frozenset[str]) -> _Pairs:
@@ -270,6 +294,8 @@ class Reach:
         for zone, track in self._tracks.items():
             for target in track.targets:
                 pair = (zone, target.key)
+                if pair not in self._usual:
+                    continue
                 if isinstance(proof, Cut):
                     across = (zone == proof.zone) != (target.zone == proof.zone)
                     if across and target.key not in gone:

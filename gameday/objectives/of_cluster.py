@@ -36,10 +36,18 @@ def pods_at(timeline: Timeline, t: float) -> list[PodState]:
     return list(state.values())
 
 
+def _owned(timeline: Timeline, pods: list[PodState], owner: str) -> list[PodState]:
+    """Those of `pods` that `owner` means. "": the engines, which are owned by their Service's name alone, while
+    everything else is "Kind/name" (probes.kube); all pods where a record knows no engines. "*": all."""
+    engines = {m.owner for m in of(timeline, PodMark) if m.owner and "/" not in m.owner}
+    wanted = {owner} if owner else engines
+    return [p for p in pods if owner == "*" or not wanted or p.owner in wanted]
+
+
 @objective
 @dataclass(frozen=True, slots=True)
 class Replicas(Objective):
-    """So many pods are ready when the phase ends."""
+    """So many pods are ready when the phase ends: the engines, those of `owner`, or all of them ("*")."""
 
     at_least: int
     owner: str = ""
@@ -50,7 +58,7 @@ class Replicas(Objective):
 
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
         end = end_of(timeline, phase)
-        pods = [] if end is None else [p for p in pods_at(timeline, end) if not self.owner or p.owner == self.owner]
+        pods = [] if end is None else _owned(timeline, pods_at(timeline, end), self.owner)
         if not any(True for _ in of(timeline, PodMark)) or end is None:
             return unseen(phase, self.title, float(self.at_least), "no pod was seen")
         ready = sorted(p.pod for p in pods if p.ready)
@@ -64,7 +72,10 @@ class Replicas(Objective):
 @objective
 @dataclass(frozen=True, slots=True)
 class Spread(Objective):
-    """Ready pods per zone differ by no more than `max_skew` when the phase ends. Zones are those of the nodes."""
+    """Ready pods per zone differ by no more than `max_skew` when the phase ends. Zones are those of the nodes.
+
+    The pods are the engines, those of `owner`, or all of them ("*").
+    """
 
     max_skew: int = 1
     owner: str = ""
@@ -78,7 +89,7 @@ class Spread(Objective):
         zones = {n.zone for n in of(timeline, NodeMark) if n.zone} | {p.zone for p in of(timeline, PodMark) if p.zone}
         if end is None or len(zones) < 2:
             return unseen(phase, self.title, float(self.max_skew), f"{len(zones)} zones seen, a spread needs 2")
-        ready = [p for p in pods_at(timeline, end) if p.ready and (not self.owner or p.owner == self.owner)]
+        ready = [p for p in _owned(timeline, pods_at(timeline, end), self.owner) if p.ready]
         per_zone = {z: sum(1 for p in ready if p.zone == z) for z in sorted(zones)}
         evidence = ", ".join(f"{z}: {n}" for z, n in per_zone.items())
         if any(not p.zone for p in ready):
@@ -137,7 +148,11 @@ class NodeKept(Objective):
         harm, end, nodes = fault_low(timeline), end_of(timeline, phase), timeline.fault.nodes
         if harm is None or end is None or not nodes:
             return unseen(phase, self.title, self.for_at_least, "no node was aimed at", "s")
-        seen = [m for m in of(timeline, NodeMark) if m.node in nodes and harm <= m.t <= end]
+        reports = [
+            m for m in of(timeline, NodeMark) if m.node in nodes and m.what.startswith("detected") and m.t <= end
+        ]
+        begun = min([harm, *(m.t for m in reports)])  # the signal goes before the harm, and so may the report
+        seen = [m for m in of(timeline, NodeMark) if m.node in nodes and begun <= m.t <= end]
         touched = [m for m in seen if m.what == "gone" or (m.what == "cordoned" and "gameday" not in m.detail)]
         if touched:
             m = min(touched, key=lambda m: m.t)

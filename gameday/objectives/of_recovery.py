@@ -23,6 +23,8 @@ from gameday.objectives.base import (
 from gameday.units import Seconds, show_duration
 from gameday.windows import counted, fault_low, window
 
+LAST_WORD = 1.0  # seconds without a request at the end of the observation that may be chance at a few per second
+
 
 @objective
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,10 @@ class Recovers(Objective):
         found = recovery.examine(timeline, self)
         measured = recovery.summary(timeline, found)
         status, why = self._status(found)
+        last = max((r.t_intended for r in timeline.replies if r.t_intended <= found.series.end), default=-math.inf)
+        quiet = found.series.end - last
+        if status is PASS and quiet > LAST_WORD:
+            status, why = INCONCLUSIVE, f"no request in the last {quiet:.0f} s: the load ended before the window"
         evidence = "; ".join(p for p in (why, measured.story) if p)
         n = len(found.series.t)
         return Finding(

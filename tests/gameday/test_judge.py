@@ -82,7 +82,8 @@ def test_a_sound_run_that_keeps_its_promises_passes() -> None:
     assert found.passed
     assert {f.phase for f in found.findings} == {"run", *Phase}
     assert [f.objective for f in found.findings if f.phase == "run"] == [
-        "load as planned", "enough load", "load generator fit", "steady state", "fault proven", "fault healed",
+        "load as planned", "enough load", "load generator fit", "load reaches the system under test", "steady state",
+        "fault proven", "fault healed",
         "cluster clean",
     ]  # fmt: skip
     assert found.recovery is not None
@@ -327,3 +328,24 @@ def test_a_breached_stop_condition_fails_although_it_ends_the_run() -> None:
     ended = without(good(), lambda e: isinstance(e, PhaseMark) and e.phase is Phase.AFTER)
     assert judge(ended, ASKED).verdict is OPEN
     assert judge(add(ended, Note(120.0, "fail", "success fell to 3 %")), ASKED).verdict is FAIL
+
+
+def test_load_on_another_service_is_no_result() -> None:
+    """Faults here, requests there: everything looks fine, and nothing was tested."""
+    elsewhere = replace(good(), replies=tuple(replace(r, pod="other-1") for r in good().replies))
+    found = judge(elsewhere, ASKED)
+    assert found.verdict is OPEN
+    assert any("0 of" in f.evidence and f.status is OPEN for f in found.findings if f.phase == "run")
+    unnamed = replace(good(), replies=tuple(replace(r, pod=None) for r in good().replies))
+    assert judge(unnamed, ASKED).verdict is OPEN
+    waived = replace(unnamed, about=replace(unnamed.about, settings={"served_by": ""}))
+    assert judge(waived, ASKED).verdict is PASS
+
+
+def test_load_that_ends_before_the_window_shows_no_recovery() -> None:
+    run = good()
+    short = replace(run, replies=tuple(r for r in run.replies if r.t_intended < AFTER + 3))
+    asked = Recovers(within=40, hold=8)
+    assert asked.judge(run, Phase.AFTER).status is PASS
+    found = asked.judge(short, Phase.AFTER)
+    assert found.status is OPEN and "the load ended before the window" in found.evidence

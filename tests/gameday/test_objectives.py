@@ -446,6 +446,9 @@ def test_replicas_at_the_end_of_the_phase() -> None:
     assert during(Replicas(3), Plant(extra=[pod(101, "engine-b", "unready")])).status is FAIL
     assert during(Replicas(3), Plant(extra=[pod(101, "engine-b", "terminating")])).status is FAIL
     assert during(Replicas(3, owner="gateway"), Plant()).status is FAIL
+    gateway = [replace(pod(101, "gateway-1", "ready"), owner="ReplicaSet/gateway-5d4f")]
+    assert during(Replicas(4), Plant(extra=gateway)).status is FAIL  # a gateway is no replica of the engine
+    assert during(Replicas(4, owner="*"), Plant(extra=gateway)).status is PASS
     assert during(Replicas(1), without(Plant().build(), lambda e: isinstance(e, PodMark))).status is OPEN
 
 
@@ -456,7 +459,7 @@ def test_spread_over_zones() -> None:
     assert (found.status, found.observed, found.evidence) == (FAIL, 2.0, "a: 2, b: 0, c: 1")
     assert during(Spread(2), Plant(extra=[*packed])).status is PASS
     assert during(Spread(1), Plant(pods=("engine-a",))).status is OPEN  # one zone is no spread
-    nowhere = [PodMark(103, "llm/engine-x", "uid-x", "ready")]
+    nowhere = [PodMark(103, "llm/engine-x", "uid-x", "ready", owner="engine")]
     assert during(Spread(1), Plant(extra=[*nowhere])).status is OPEN
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.base import MANAGED, RUN, Undo
+from faults.base import CORDONED, MANAGED, RUN, Undo
 from faults.undo import undo
 from gameday import lock as lock_
 from gameday.cluster import Cluster
@@ -35,9 +35,10 @@ def swept(cluster: Cluster) -> Iterator[None]:
         cluster.delete(NODES, found["metadata"]["name"])
 
 
-def node(cluster: Cluster, name: str, *, cordoned: bool = False) -> str:
+def node(cluster: Cluster, name: str, *, cordoned: bool = False, by: str = "t1") -> str:
     spec = {"unschedulable": True} if cordoned else {}
-    made = cluster.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "spec": spec})
+    metadata = {"name": name, "annotations": {CORDONED: by} if cordoned and by else {}}
+    made = cluster.create(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": spec})
     return str(made["metadata"]["uid"])
 
 
@@ -59,15 +60,22 @@ def bare_pod(name: str) -> dict[str, object]:
 
 
 def test_an_uncordon_can_be_repeated(cluster: Cluster) -> None:
-    entry = Undo("uncordon", "cordon", "n1", uid=node(cluster, "n1", cordoned=True))
+    entry = Undo("uncordon", "cordon", "n1", uid=node(cluster, "n1", cordoned=True), value="t1")
     undo(cluster, entry, within=5)
     assert not cordoned(cluster, "n1")
     undo(cluster, entry, within=5)
 
 
+@pytest.mark.parametrize("by", ["", "t2"])
+def test_a_cordon_of_somebody_else_is_never_lifted(cluster: Cluster, by: str) -> None:
+    entry = Undo("uncordon", "cordon", "n1", uid=node(cluster, "n1", cordoned=True, by=by), value="t1")
+    assert "not cordoned by us" in undo(cluster, entry, within=5)
+    assert cordoned(cluster, "n1")
+
+
 def test_a_node_of_the_same_name_is_another_node(cluster: Cluster) -> None:
     node(cluster, "n1", cordoned=True)
-    told = undo(cluster, Undo("uncordon", "cordon", "n1", uid="of-the-one-before"), within=5)
+    told = undo(cluster, Undo("uncordon", "cordon", "n1", uid="of-the-one-before", value="t1"), within=5)
     assert "replaced" in told and cordoned(cluster, "n1")
 
 
@@ -85,12 +93,12 @@ def test_a_delete_that_hangs_names_the_finalizer_and_the_command(cluster: Cluste
 
 def test_whoever_reads_the_cluster_can_heal(cluster: Cluster, tmp_path: Path) -> None:
     uid = node(cluster, "n1", cordoned=True)
-    node(cluster, "n2", cordoned=True)  # by somebody else
+    node(cluster, "n2", cordoned=True, by="")  # by somebody else
     cluster.create(PODS, bare_pod("gd-prober"))
     book = Ledger(cluster, tmp_path / "ledger.jsonl", "gd-x-ledger", LABELS)
     book.write(
         [
-            Undo("uncordon", "cordon", "n1", uid=uid),
+            Undo("uncordon", "cordon", "n1", uid=uid, value="t1"),
             Undo("delete", "prober", "gd-prober", kind="Pod", namespace="llm", stage="clean"),
         ]
     )
@@ -105,8 +113,8 @@ def test_whoever_reads_the_cluster_can_heal(cluster: Cluster, tmp_path: Path) ->
 
 
 def test_what_is_undone_is_struck_out(cluster: Cluster, tmp_path: Path) -> None:
-    first = Undo("uncordon", "cordon", "n1", uid=node(cluster, "n1"))
-    second = Undo("uncordon", "cordon", "n2", uid=node(cluster, "n2"))
+    first = Undo("uncordon", "cordon", "n1", uid=node(cluster, "n1"), value="t1")
+    second = Undo("uncordon", "cordon", "n2", uid=node(cluster, "n2"), value="t1")
     book = Ledger(cluster, tmp_path / "ledger.jsonl", "gd-x-ledger", LABELS)
     book.write([first, second])
     book.done(first)
@@ -116,7 +124,9 @@ def test_what_is_undone_is_struck_out(cluster: Cluster, tmp_path: Path) -> None:
 def test_heal_refuses_while_the_run_lives(cluster: Cluster, tmp_path: Path) -> None:
     lock = Lock(cluster, "r1/pod_kill", LABELS, cluster_wide=False)
     lock.acquire(on_lost=lambda: None)
-    Ledger(cluster, tmp_path / "ledger.jsonl", "gd-x-ledger", LABELS).write([Undo("uncordon", "c", "n1", uid="u")])
+    Ledger(cluster, tmp_path / "ledger.jsonl", "gd-x-ledger", LABELS).write(
+        [Undo("uncordon", "c", "n1", uid="u", value="t1")]
+    )
     with pytest.raises(LockError, match="'r1/pod_kill' since"):
         heal(cluster, within=5, say=quiet)
     lock.release()
@@ -129,7 +139,9 @@ def test_heal_goes_on_after_a_failure_and_lists_what_is_left(cluster: Cluster, t
     cluster.create(PODS, held)
     uid = node(cluster, "n1", cordoned=True)
     stuck = Undo("delete", "prober", "held", kind="Pod", namespace="llm")
-    Ledger(cluster, tmp_path / "l.jsonl", "gd-x-ledger", LABELS).write([stuck, Undo("uncordon", "c", "n1", uid=uid)])
+    Ledger(cluster, tmp_path / "l.jsonl", "gd-x-ledger", LABELS).write(
+        [stuck, Undo("uncordon", "c", "n1", uid=uid, value="t1")]
+    )
     with pytest.raises(HealError, match="held"):
         heal(cluster, within=0.5, say=quiet)
     assert not cordoned(cluster, "n1")
@@ -176,7 +188,9 @@ def expire(cluster: Cluster) -> None:
 def test_an_expired_lock_is_taken_over_only_when_its_ledger_is_healed(cluster: Cluster, tmp_path: Path) -> None:
     dead = Lock(cluster, "r1/zone_outage", LABELS, cluster_wide=False)
     dead.acquire(on_lost=lambda: None)
-    Ledger(cluster, tmp_path / "l.jsonl", "gd-x-ledger", LABELS).write([Undo("uncordon", "c", "n1", uid="u")])
+    Ledger(cluster, tmp_path / "l.jsonl", "gd-x-ledger", LABELS).write(
+        [Undo("uncordon", "c", "n1", uid="u", value="t1")]
+    )
     expire(cluster)
     heir = Lock(cluster, "r2/pod_kill", LABELS, cluster_wide=False)
     with pytest.raises(LockError, match=r"left faults behind.*gameday heal"):

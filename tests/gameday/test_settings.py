@@ -17,13 +17,25 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_later_wins(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load({}, sandbox={"namespace": "sandbox"}).namespace == "sandbox"
-    (elsewhere / "gameday.toml").write_text('namespace = "file"')
-    assert load({}, sandbox={"namespace": "sandbox"}).namespace == "file"
-    monkeypatch.setenv("GAMEDAY_NAMESPACE", "environment")
-    assert load({}, sandbox={"namespace": "sandbox"}).namespace == "environment"
-    assert load({"namespace": "option"}).namespace == "option"
-    assert load({"namespace": None}).namespace == "environment"
+    assert load({}, sandbox={"steady": 9}).steady == 9
+    (elsewhere / "gameday.toml").write_text("steady = 8")
+    assert load({}, sandbox={"steady": 9}).steady == 8
+    monkeypatch.setenv("GAMEDAY_STEADY", "7")
+    assert load({}, sandbox={"steady": 9}).steady == 7
+    assert load({"steady": 6}, sandbox={"steady": 9}).steady == 6
+    assert load({"steady": None}).steady == 7
+
+
+def test_a_file_written_for_another_cluster_never_moves_the_sandbox(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults on the sandbox and load on production would be a clean PASS, and worse."""
+    (elsewhere / "gameday.toml").write_text('target = "https://llm.example.com"\nnamespace = "prod"')
+    monkeypatch.setenv("GAMEDAY_PROMETHEUS", "https://prometheus.example.com")
+    sandbox = {"target": "http://127.0.0.1:1", "namespace": "llm", "prometheus": "http://127.0.0.1:2"}
+    found = load({}, sandbox=sandbox)
+    assert (found.target, found.namespace, found.prometheus) == tuple(sandbox.values())
+    assert load({"target": "http://127.0.0.1:3"}, sandbox=sandbox).target == "http://127.0.0.1:3"
 
 
 @pytest.mark.parametrize("key", ["context", "kubeconfig", "in_cluster"])

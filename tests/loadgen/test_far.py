@@ -231,6 +231,13 @@ def test_strangers_are_refused_and_told_nothing(url: str, token: Path, tmp_path:
             assert TOKEN.encode() not in hello
             stranger.sendall(b"\xff\xff\xff\xffGET / HTTP/1.1\r\n\r\n")
             assert stranger.recv(4096) == b""
+        with socket.create_connection(wire.split(worker.address), timeout=5) as liar:
+            link = wire.Wire(liar)
+            link.one(5)
+            link.send({"nonce": "n", "proof": "0" * 64})
+            assert link.one(5) == {"error": "refuses our token"}
+            with pytest.raises(wire.Gone, match="closed the connection"):
+                link.one(2)
         load = _start(url, token, worker.address, tmp_path / "out")
         with pytest.raises(LoadError, match="serves another leader"):
             _start(url, token, worker.address, tmp_path / "busy")
