@@ -66,9 +66,9 @@ class Compared:
     evidence: str
 
     @property
-    def line(self) -> str:
+    def row(self) -> tuple[str, ...]:
         status = "REGRESSED" if self.status is Verdict.FAIL else str(self.status)
-        return f"{status}  {self.experiment}  {self.what}  {words.quantity(self.observed, 's')}  {self.evidence}"
+        return status, self.experiment, self.what, words.quantity(self.observed, "s"), self.evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +93,23 @@ class Gate:
     @property
     def open(self) -> tuple[str, ...]:
         """What could not be compared, in words."""
-        return (*(f.line for f in self.findings if f.status is Verdict.INCONCLUSIVE), *self.notes)
+        unknown = (f for f in self.findings if f.status is Verdict.INCONCLUSIVE)
+        return (*(f"{f.experiment}: {f.what}: {f.evidence}" for f in unknown), *self.notes)
 
     @property
     def story(self) -> str:
         """Every verdict that is not PASS with its reasons, every comparison, then the decision."""
-        lines = [f"{j.verdict}  {j.experiment}  {'; '.join(words.reasons(j))}".rstrip() for j in self.judgements]
-        lines += [f.line for f in sorted(self.findings, key=lambda f: -f.status.rank)]
-        return "\n".join([*lines, *(f"NOTE  {note}" for note in self.notes), self._decision()])
+        return "\n".join([*self._lines(), self._decision()])
+
+    def _lines(self) -> list[str]:
+        judged = [(str(j.verdict), j.experiment, "; ".join(words.reasons(j))) for j in self.judgements]
+        compared = [f.row for f in sorted(self.findings, key=lambda f: -f.status.rank)]
+        return [*_aligned(judged), *_aligned(compared), *(f"NOTE  {note}" for note in self.notes)]
 
     @property
     def markdown(self) -> str:
         """For CI job pages: the decision, and what it rests on."""
-        *reasons, decision = self.story.split("\n")
-        return "\n".join([f"### {escape(decision)}", "", *(f"- {escape(line)}" for line in reasons), ""])
+        return "\n".join([f"### {escape(self._decision())}", "", *(f"- {escape(line)}" for line in self._lines()), ""])
 
     def _decision(self) -> str:
         verdicts_ = words.tally(j.verdict for j in self.judgements) or "no experiment"
@@ -115,6 +118,11 @@ class Gate:
         if self.open:
             told.append(f"{len(self.open)} not compared{', which is asked for' if self.strict else ''}")
         return f"gate {'open' if self.passed else 'CLOSED'}: {' · '.join(told)}"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def gate(

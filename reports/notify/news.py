@@ -56,7 +56,7 @@ class News:
     @property
     def headline(self) -> str:
         tally = words.tally(i.verdict for i in self.items) or "no experiment ran"
-        return f"Game day on {self.cluster}: {tally}"
+        return words.one_line(f"Game day on {self.cluster}: {tally}")
 
     def key(self, experiment: str) -> str:
         """The same for an experiment on a cluster in every run, whatever machine it runs on."""
@@ -75,15 +75,17 @@ def gather(run_root: Path, judgements: Sequence[Judgement], *, cluster: str, rep
     for judgement in judgements:
         trials[judgement.experiment].append(judgement)
     worst = [max(of, key=lambda j: j.verdict.rank) for of in trials.values()]
-    reported = {entry.name for entry in entries if entry.reported}
-
-    def link(name: str) -> str:
-        return f"{base}/{quote(name)}/report.html" if base and name in reported else ""
-
-    items = tuple(Item(j, link(j.experiment)) for j in worst)
+    items = tuple(Item(j, _link(base, j, entries)) for j in worst)
     known = next((e.about for e in entries if "cluster" in e.about), {})
     name = cluster or re.split(r", Kubernetes\b", known.get("cluster", ""))[0] or UNKNOWN
     return News(run, name, known.get("namespace", ""), items, entries, f"{base}/index.html" if base else "")
+
+
+def _link(base: str, judgement: Judgement, entries: Sequence[Entry]) -> str:
+    """To the report of this very judgement: a trial has a directory of its own."""
+    reported = [e for e in entries if e.reported and e.judgement.experiment == judgement.experiment]
+    reported.sort(key=lambda e: e.judgement != judgement)
+    return f"{base}/{quote(reported[0].name)}/report.html" if base and reported else ""
 
 
 def cut(text: str, most: int) -> str:

@@ -289,3 +289,15 @@ def test_the_noise_holds_what_it_promises() -> None:
     rng = random.Random(7419)
     above = [rng.gauss(10, 1) > measure([rng.gauss(10, 1) for _ in range(5)]).top for _ in range(4000)]
     assert statistics.fmean(above) == pytest.approx(1 - CERTAINTY, abs=0.012)
+
+
+@pytest.mark.parametrize(("grown", "least", "most"), [(1.0, 0.0, 0.02), (1.5, 0.95, 1.0)])
+def test_how_often_it_is_wrong(grown: float, least: float, most: float) -> None:
+    """With 5 % of noise from run to run and five baselines: what docs/ci.md says of false and missed alarms."""
+    rng = random.Random(7419)
+
+    def regressed() -> bool:
+        noise = measure([rng.gauss(1, 0.05) for _ in range(5)])
+        return rng.gauss(grown, 0.05) - noise.top > 0.1 * noise.centre
+
+    assert least <= statistics.fmean(regressed() for _ in range(2000)) <= most

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import synthetic
 
+from gameday import record
 from gameday.errors import SettingsError
 from gameday.model import Finding, Judgement, Phase, Verdict
 from reports.notify import Delivery, Notify, grafana, post, slack, tell
@@ -263,6 +264,17 @@ def test_of_trials_the_worst_counts(tmp_path: Path, server: Server, root: Path) 
     )
     (sent,) = server.requests
     assert sent.body["event_action"] == "trigger"
+
+
+def test_the_link_leads_to_the_trial_that_counts(tmp_path: Path, root: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(root / "zone_outage", run / "zone_outage")
+    shutil.copytree(root / "zone_outage", run / "zone_outage.2")
+    failed = verdict(Verdict.FAIL)
+    record.write_verdict(run / "zone_outage.2", failed)
+    (item,) = gather(run, [synthetic.judgement(), failed], cluster="", report_url="https://ci.example/r/").items
+    assert item.verdict is Verdict.FAIL
+    assert item.link == "https://ci.example/r/run/zone_outage.2/report.html"
 
 
 def test_a_webhook_gets_the_figures(tmp_path: Path, server: Server, root: Path) -> None:
