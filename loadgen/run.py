@@ -82,7 +82,7 @@ class Account:
     outcomes: Mapping[str, int]
     parts: tuple[Part, ...]
     seconds: float  # from the plan's zero until arrivals stopped
-    tokens_per_second: float
+    tokens_per_second: float  # until the last reply's end
     ended: str  # "plan", "SIGINT", "SIGTERM", or "worker": one was told to stop
     unsound: tuple[str, ...]
     clocks: Mapping[str, Offset]  # of workers elsewhere
@@ -180,7 +180,7 @@ class Books:
         self._classes = {kind.name: Class() for kind in plan.classes}
         self._beats: dict[int, list[Heartbeat]] = {}
         self._tokens = 0
-        self._last: float | None = None
+        self._last = begin  # the end of the last reply
 
     def take(self, tail: launch.Tail) -> None:
         for reply in tail.replies:
@@ -189,6 +189,7 @@ class Books:
             self._seen[reply.seq] = 1
             self._classes[reply.cls].add(reply)
             self._tokens += reply.tokens
+            self._last = max(self._last, reply.t_end)
         for beat in tail.beats:
             self._beats.setdefault(beat.worker, []).append(beat)
 
@@ -221,7 +222,7 @@ class Books:
             outcomes={str(k): n for k, n in sorted(outcomes.items())},
             parts=tuple(c.part(name) for name, c in self._classes.items() if c.outcomes),
             seconds=round(seconds, 3),
-            tokens_per_second=round(self._tokens / seconds, 2),
+            tokens_per_second=round(self._tokens / max(seconds, self._last - self._begin), 2),
             ended=ended,
             unsound=tuple(why for e in ends for why in self._trouble(e.worker, self._begin, self._begin + seconds)),
             clocks=clocks,

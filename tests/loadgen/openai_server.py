@@ -47,6 +47,8 @@ async def _complete(request: web.Request) -> web.StreamResponse:
     await answer.prepare(request)
     for _ in range(count):
         await asyncio.sleep(GAP)
+        if request.transport is None or request.transport.is_closing():  # the client gave up: nothing to report
+            return answer
         text = {"delta": {"content": "word "}} if chat else {"text": "word "}
         await answer.write(_event({"choices": [{**text, "finish_reason": None}], "t": time.monotonic()}))
     await answer.write(_event({"choices": [{"delta": {}, "finish_reason": "length"}]}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -223,6 +224,16 @@ def test_an_outage_cannot_improve_a_quantile() -> None:
     assert math.isinf(part.first_token.p95)
     assert json.loads(json.dumps(account.to_json()))["parts"][0]["first_token"]["p95"] is None
     assert any("never" in line for line in account.lines())
+
+
+def test_tokens_that_came_while_draining_took_time_too() -> None:
+    books, plan, replies, end = _books()
+    late = _reply(len(plan) - 1, plan, tokens=1000)
+    late = dataclasses.replace(late, t_end=120.0)
+    books.take(launch.Tail((*replies[:-1], late)))
+    account = books.account((end,), ended="plan", clocks={}, out=Path("x"))
+    assert account.seconds == 10
+    assert account.tokens_per_second == pytest.approx((2 * (len(plan) - 1) + 1000) / 20, abs=0.01)
 
 
 def test_quantiles_are_exact_to_a_tick() -> None:
