@@ -84,21 +84,21 @@ class Gate:
     @property
     def passed(self) -> bool:
         sound = bool(self.judgements) and all(j.passed for j in self.judgements)
-        return sound and not self.regressed and not (self.strict and self.open)
+        return sound and not self.regressed and not (self.strict and self.unknown)
 
     @property
     def regressed(self) -> tuple[Compared, ...]:
         return tuple(f for f in self.findings if f.status is Verdict.FAIL)
 
     @property
-    def open(self) -> tuple[str, ...]:
+    def unknown(self) -> tuple[str, ...]:
         """What could not be compared, in words."""
-        unknown = (f for f in self.findings if f.status is Verdict.INCONCLUSIVE)
-        return (*(f"{f.experiment}: {f.what}: {f.evidence}" for f in unknown), *self.notes)
+        found = (f for f in self.findings if f.status is Verdict.INCONCLUSIVE)
+        return (*(f"{f.experiment}: {f.what}: {f.evidence}" for f in found), *self.notes)
 
     @property
     def story(self) -> str:
-        """Every verdict that is not PASS with its reasons, every comparison, then the decision."""
+        """Every verdict (with its reasons where it is not PASS), every comparison, then the decision."""
         return "\n".join([*self._lines(), self._decision()])
 
     def _lines(self) -> list[str]:
@@ -115,8 +115,8 @@ class Gate:
         verdicts_ = words.tally(j.verdict for j in self.judgements) or "no experiment"
         compared = sum(f.status is not Verdict.INCONCLUSIVE for f in self.findings)
         told = [verdicts_, f"{len(self.regressed)} of {compared} compared regressed"]
-        if self.open:
-            told.append(f"{len(self.open)} not compared{', which is asked for' if self.strict else ''}")
+        if self.unknown:
+            told.append(f"{len(self.unknown)} not compared{', which is asked for' if self.strict else ''}")
         return f"gate {'open' if self.passed else 'CLOSED'}: {' · '.join(told)}"
 
 

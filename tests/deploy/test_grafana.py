@@ -140,3 +140,44 @@ def test_what_is_asked_for_exists() -> None:
     asked = {name for q in (*queries(), *(r["expr"] for r in rules)) for name in NAME.findall(q)}
     assert len(asked) > 30
     assert asked <= known, asked - known
+
+
+def stack() -> list[dict[str, str]]:
+    """Every series of the reference stack after some work, counters growing, with the labels of a scrape."""
+    engine, gateway = Engine("m"), Gateway()
+    for observe in (engine.ttft, engine.itl, engine.e2e, gateway.ttft.observe, gateway.duration.observe):
+        observe(0.3)
+    for code in ("200", "503"):
+        gateway.requests.of(code, "a").inc()
+    gateway.ejections.of("llm/m-1").inc()
+    gateway.endpoints.of("used").set(6)
+    lines = [line for e in (engine, gateway) for line in e.registry.render().splitlines() if line[:1] not in ("", "#")]
+    scraped = [re.fullmatch(r"([^{ ]+)(?:\{(.*)\})? (\S+)", line) for line in lines]
+    made = []
+    for name, labels, value in (m.groups() for m in scraped if m):
+        # A label that a scrape also sets is renamed, as Prometheus does it.
+        own = re.sub(r"\bpod=", "exported_pod=", f"{labels}," if labels else "")
+        growing = re.search(r"_(total|bucket|count|sum)$", name)
+        values = f"0+{float(value) * 6:g}x480" if growing else f"{float(value):g}x480"
+        made.append({"series": f'{name}{{{own}namespace="llm",pod="p"}}', "values": values})
+    others = (
+        *(
+            f'kube_deployment_{what}{{namespace="llm",deployment="m"}}'
+            for what in ("status_replicas_ready", "spec_replicas")
+        ),
+        *(f'kube_node_status_{what}{{node="n",resource="nvidia_com_gpu"}}' for what in ("capacity", "allocatable")),
+        *(f'DCGM_FI_DEV_{what}{{Hostname="n",gpu="0"}}' for what in ("XID_ERRORS", "GPU_UTIL")),
+        'ALERTS{alertname="A",alertstate="firing",severity="page",namespace="llm"}',
+    )
+    return made + [{"series": one, "values": "8x480"} for one in others]
+
+
+def test_every_panel_has_data_on_the_reference_stack(tmp_path: Path) -> None:
+    """Asked of promtool, which is told to expect nothing and complains of every query that has an answer."""
+    filled = [q.replace("$__rate_interval", "1m").replace("$namespace", "llm") for q in queries()]
+    asked = [{"expr": q, "eval_time": "2h", "exp_samples": []} for q in filled]
+    done = promtool.test_rules(tmp_path, {"interval": "15s", "input_series": stack(), "promql_expr_test": asked})
+    told = done.stdout + done.stderr
+    silent = [q for q in filled if f"expr: {json.dumps(q)}" not in told]
+    assert not silent, told[:2000]
+    assert "NaN" not in told and ", err: " not in told, told[:2000]
