@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from gameday.toolkit import validate as validate_
 from loadgen.cli import load
 from probes.prometheus import Prometheus
 from reports import console, html
+from reports.gate import NEED, gate as gate_, history
 from sandbox import options as sandbox_options, up as sandbox_up
 from sandbox.up import SandboxError
 
@@ -227,6 +229,24 @@ def validate(files: tuple[Path, ...]) -> None:
     for path in files:
         spec = validate_(path)
         _say(f"{path} is valid: {spec.name}")
+
+
+@main.command("gate")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--baseline", "baselines", multiple=True, type=click.Path(path_type=Path), help="runs to compare with")
+@click.option("--by", type=click.FloatRange(min=0), default=0.1, show_default=True, help="growth beyond noise")
+@click.option("--last", type=click.IntRange(min=1), default=10, show_default=True, help="how many earlier runs count")
+@click.option("--need", type=click.IntRange(min=2), default=NEED, show_default=True, help="fewer tell nothing")
+@click.option("--strict", is_flag=True, help="close also where nothing can be told")
+@one_sentence
+def gate(run: Path, baselines: tuple[Path, ...], by: float, last: int, need: int, strict: bool) -> None:
+    """May this run go out? All verdicts PASS, and nothing slower than before beyond noise. Exit code 0 or 1."""
+    found = gate_(run, baselines or history(run), by=by, last=last, need=need, strict=strict)
+    _say(found.story)
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a") as file:
+            file.write(found.markdown + "\n")
+    sys.exit(0 if found.passed else 1)
 
 
 # ── the load generator ──────────────────────────────────────────────────────────────────────────

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ import yaml
 
 from faults import Fault, Zone
 from faults.act import manifests
-from gameday import arena as arena_
+from gameday import arena as arena_, settings as settings_
 from gameday.errors import GamedayError, MissingCapability, TargetError
 from gameday.kinds import BY_KIND
 from gameday.model import Counts, Finding, Judgement, Verdict
@@ -30,6 +30,7 @@ from gameday.trials import pool
 from loadgen.traffic import Traffic
 from reports import console, html, junit, markdown
 from reports.live import Live
+from reports.notify import Notify, tell
 
 OPENED = pytest.StashKey[arena_.Opened]()
 LIVE = pytest.StashKey[Live]()
@@ -198,16 +199,27 @@ def dry_run(arena: Arena, spec: Spec) -> None:
         arena.say(f"undo: {entry.command()}")
 
 
-def summarise(config: pytest.Config, write_line: Any) -> None:
-    """The verdict table, and the run's own files: index page, JUnit, the CI job's page."""
+def summarise(config: pytest.Config, options: dict[str, Any], write_line: Callable[[str], None]) -> None:
+    """The verdict table, the run's own files, the CI job's page, and word to whoever is to be told."""
     judged = config.stash.get(JUDGED, [])
     with Uncaptured(config):
         console.show(judged)
-    root: Path | None = config.stash[OPENED].arena.root if OPENED in config.stash else None
-    if root is None or not root.is_dir():
-        return  # nothing began
+    arena = config.stash[OPENED].arena if OPENED in config.stash else None
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a") as file:
             file.write(markdown.summary(judged) + "\n")
-    for path in (html.write_index(root), junit.write(root)):
-        write_line(f"report: {path}")
+    if arena is not None and arena.root.is_dir():
+        for path in (html.write_index(arena.root), junit.write(arena.root)):
+            write_line(f"report: {path}")
+    for delivery in tell(_notify(arena, options), arena.root if arena else Path("runs"), judged):
+        write_line(delivery.line)
+
+
+def _notify(arena: Arena | None, options: dict[str, Any]) -> Notify:
+    """Whom to tell; people also want to hear of a game day that could not begin."""
+    if arena is not None:
+        return replace(arena.settings.notify, cluster=arena.settings.notify.cluster or arena.cluster.name)
+    try:
+        return settings_.load(options).notify
+    except GamedayError:
+        return Notify()

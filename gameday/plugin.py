@@ -189,7 +189,7 @@ def _loaded() -> bool:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if _judged(config):
         terminalreporter.section("game day")
-        _heavy().summarise(config, terminalreporter.write_line)
+        _heavy().summarise(config, options_of(config), terminalreporter.write_line)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

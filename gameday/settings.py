@@ -23,6 +23,7 @@ from pydantic_settings import (
 from pydantic_settings.exceptions import SettingsError as EnvironmentUnreadable
 
 from gameday.errors import SettingsError
+from reports.notify import Notify
 
 FILE = "gameday.toml"
 ONLY_BY_HAND = ("context", "kubeconfig", "in_cluster")  # never from a file that lies about in a repository
@@ -88,6 +89,8 @@ class Settings(BaseSettings):
     clocks: str = ""
     repair_wait: Duration = 600  # node auto repair
     repair_poll: Duration = 30
+
+    notify: Notify = Notify()  # who is told; secrets by file or by the name of a variable
 
     objectives: dict[str, dict[str, float]] = {}  # [objectives.<experiment>] "during.success.at_least" = 0.95
 

@@ -1,0 +1,163 @@
+"""The orchestrator where it matters most: nothing keeps it from healing, and nothing senseless begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from faults import PodKill, undo as undoing
+from faults.base import CORDONED, Plan, Undo
+from gameday.cluster import Cluster
+from gameday.errors import ExperimentError, HealError, RecordError
+from gameday.kinds import CONFIGMAPS, NODES
+from gameday.ledger import Ledger
+from gameday.model import FaultFacts, FaultMark, Note, Step
+from gameday.objectives import Objectives, Recovers, Success
+from gameday.run import Session, Spec
+from gameday.settings import load
+from loadgen.traffic import Chat
+
+FACTS = FaultFacts("test", "two nodes", one_shot=False, lasting=60, pods=("llm/p",))
+
+
+def spec(lasting: float = 60, **objectives: Any) -> Spec:
+    asked = {"before": (Success(0.9),), "after": (Recovers(within=20, hold=10),)} | objectives
+    return Spec("drill", Chat(per_second=1), PodKill(lasting=lasting), Objectives(**asked))
+
+
+def session(tmp_path: Path, cluster: Any = None, *, say: Any = lambda _: None, **settings: Any) -> Session:
+    given = {"scrape_interval": 1, "steady": 8, "hold": 8, "heal_within": 3, "selector": "app=x"} | settings
+    arena: Any = SimpleNamespace(
+        cluster=cluster,
+        settings=load(given),
+        run_id="r1",
+        root=tmp_path,
+        seed=7,
+        sandbox=True,
+        say=say,
+        prometheus=None,
+    )
+    return Session(arena, spec())
+
+
+def aimed(made: Session, cluster: Cluster, tmp_path: Path) -> list[str]:
+    """Two nodes cordoned by us, in the ledger, as if the harm had just been done."""
+    undos = []
+    for name in ("n1", "n2"):
+        metadata = {"name": name, "annotations": {CORDONED: "t1"}}
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"unschedulable": True}}
+        uid = cluster.create(NODES, node)["metadata"]["uid"]
+        undos.append(Undo("uncordon", "cordon", name, uid=uid, value="t1"))
+    ledger = Ledger(cluster, tmp_path / "ledger.jsonl", "gd-t1-ledger", {"app.kubernetes.io/managed-by": "gameday"})
+    ledger.write(undos)
+    made._ledger, made._harm = ledger, 1.0
+    made._plan = Plan(FACTS, (), tuple(undos))
+    made._reach = SimpleNamespace(stop=lambda: None)  # type: ignore[assignment]
+    return ["n1", "n2"]
+
+
+@pytest.fixture(autouse=True)
+def swept(cluster: Cluster) -> Any:
+    yield
+    for found in cluster.list(NODES):
+        cluster.delete(NODES, found["metadata"]["name"])
+    for found in cluster.list(CONFIGMAPS, "llm", labels="app.kubernetes.io/managed-by=gameday"):
+        cluster.delete(CONFIGMAPS, found["metadata"]["name"], "llm")
+
+
+def cordoned(cluster: Cluster) -> list[str]:
+    return [node.name for node in cluster.nodes() if node.unschedulable]
+
+
+class FullDisk:
+    def event(self, _: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    sample = event
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_full_disk_does_not_keep_us_from_healing(cluster: Cluster, tmp_path: Path) -> None:
+    made = session(tmp_path, cluster)
+    aimed(made, cluster, tmp_path)
+    made._recorder = FullDisk()  # type: ignore[assignment]
+    made.heal()
+    assert cordoned(cluster) == []
+    with pytest.raises(RecordError, match="No space left"):
+        made.conclude()
+
+
+def test_a_dead_console_does_not_keep_us_from_healing(cluster: Cluster, tmp_path: Path) -> None:
+    def say(_: str) -> None:
+        raise BrokenPipeError
+
+    made = session(tmp_path, cluster, say=say)
+    aimed(made, cluster, tmp_path)
+    made.stop("error", "interrupted")
+    made.heal()
+    assert cordoned(cluster) == []
+
+
+def test_one_undo_that_fails_does_not_keep_the_next_from_being_done(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = undoing.undo
+
+    def fails_once(cluster: Cluster, entry: Undo, **more: Any) -> str:
+        if entry.name == "n1":
+            raise HealError("n1 cannot be undone")
+        return real(cluster, entry, **more)
+
+    made = session(tmp_path, cluster)
+    aimed(made, cluster, tmp_path)
+    monkeypatch.setattr(undoing, "undo", fails_once)
+    made.heal()
+    assert cordoned(cluster) == ["n1"]
+    marks = [event for event in made._events if isinstance(event, FaultMark)]
+    assert [mark.ok for mark in marks if mark.step is Step.HEALED] == [False]
+    assert any(isinstance(event, Note) and event.level == "error" for event in made._events)
+    monkeypatch.setattr(undoing, "undo", real)
+    made.heal()
+    assert cordoned(cluster) == []
+
+
+def test_an_error_after_the_first_stop_is_noted(tmp_path: Path) -> None:
+    made = session(tmp_path)
+    made.stop("inconclusive", "the effect was lost")
+    made.stop("inconclusive", "a second look")
+    made.interrupt(15)
+    told = [(event.level, event.text) for event in made._events if isinstance(event, Note)]
+    assert [level for level, _ in told] == ["inconclusive", "error"]
+    assert made.interrupted == 15
+
+
+# ── what may not begin ──────────────────────────────────────────────────────────────────────────
+
+
+def refuse(tmp_path: Path, wanted: Spec, told: str, **settings: Any) -> None:
+    made = session(tmp_path, **settings)
+    made.spec = wanted
+    with pytest.raises(ExperimentError, match=told):
+        made.check_spec()
+
+
+def test_a_fault_that_ends_before_the_rto_is_refused(tmp_path: Path) -> None:
+    refuse(tmp_path, spec(lasting=25), "less than RTO")
+    session(tmp_path).check_spec()
+
+
+def test_an_experiment_without_a_steady_state_is_refused(tmp_path: Path) -> None:
+    refuse(tmp_path, spec(before=()), "no steady state")
+
+
+def test_windows_that_prometheus_cannot_confirm_are_refused(tmp_path: Path) -> None:
+    refuse(tmp_path, spec(), "shorter than 4 scrape intervals", scrape_interval=15)
+
+
+def test_a_selector_that_we_cannot_follow_is_refused(tmp_path: Path) -> None:
+    refuse(tmp_path, spec(), "key=value", selector="app in (a, b)")
