@@ -9,7 +9,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 TOOLS := $(abspath .tools)
 UNPACKED := $(TOOLS)/prometheus/usr/bin/prometheus
 
-.PHONY: gameday test check setup clean
+.PHONY: gameday test check oracle setup clean
 
 # An installed Prometheus is used where there is one, else the unpacked binary.
 RUN := PATH="$(abspath $(BIN)):$$PATH:$(dir $(UNPACKED))"
@@ -25,6 +25,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy gameday faults probes loadgen reports sandbox experiments conftest.py
 	$(BIN)/lint-imports
+
+# The sandbox's control plane against transcripts of a real one (about four minutes).
+oracle: setup
+	$(RUN) scripts/oracle
 
 setup: $(VENV)/.ready $(TOOLS)/.ready
 
