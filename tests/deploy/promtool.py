@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 RULES = sorted((ROOT / "deploy" / "prometheus").glob("*.yaml"))
-UNPACKED = Path("/tmp/gameday-prometheus/usr/bin")  # Debian's package, where it could only be unpacked
+UNPACKED = Path(__file__).parents[2] / ".tools/prometheus/usr/bin"  # where `make test` unpacks Debian's package
 
 
 def binary() -> str:
