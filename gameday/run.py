@@ -156,6 +156,7 @@ class Session:
         self._healed = self._finished = False
         self._heals = 0
         self._gone: frozenset[str] = frozenset()
+        self._breached = False  # a stop condition ended the fault, and nothing else is wrong
         self._record_broken = ""
         self._signalled = 0.0  # when the signal Job ran: detections count from then on
         self.interrupted: int | None = None
@@ -201,6 +202,7 @@ class Session:
         The first reason counts, but an error is always noted.
         """
         first = not self._stop.is_set()
+        self._breached = level == "fail" and (first or self._breached)
         self._stop.set()
         if first or level == "error":
             self.note(level, text)
@@ -665,7 +667,9 @@ class Session:
 
     def after(self) -> None:
         """Load goes on until the service has been back for the hold time, or the window ends."""
-        if self.stopped or self._harm is None or self._plan is None:
+        if self._breached and self._healed and self.interrupted is None:
+            self._stop.clear()  # the fault was cut short; whether the service comes back is worth knowing all the same
+        if self._stop.is_set() or self._harm is None or self._plan is None:
             return
         hold = self._hold
         rto = self.spec.recovers.within if self.spec.recovers else hold
