@@ -18,16 +18,21 @@ from gameday.objectives import (
 )
 from gameday.units import seconds
 from loadgen.traffic import Chat
+from probes.profiles import SANDBOX_GATEWAY
+
+# What Prometheus says of the gateways' first tokens: users' own view, from the other side.
+SERVED_IN_TIME = SANDBOX_GATEWAY.first_token_within(seconds(1), window="5s").at_least(0.9)
 
 
 def test_gpu_xid79(experiment: Run) -> None:
     verdict = experiment(
         traffic=Chat(per_second=15),
-        before=[Success(at_least=0.999), FirstToken(p95=seconds(1))],
+        before=[Success(at_least=0.999), FirstToken(p95=seconds(1)), SERVED_IN_TIME],
         fault=Xid(79, lasting=seconds(25)),
         during=[
             Success(at_least=0.98),
             FirstToken(p95=seconds(1.5)),
+            SERVED_IN_TIME,
             UnbrokenStreams(except_on="targets"),
             NodeReplaced(),
         ],
@@ -43,11 +48,12 @@ def test_gpu_xid79(experiment: Run) -> None:
 def test_gpu_xid13(experiment: Run) -> None:
     verdict = experiment(
         traffic=Chat(per_second=15),
-        before=[Success(at_least=0.999), FirstToken(p95=seconds(1))],
+        before=[Success(at_least=0.999), FirstToken(p95=seconds(1)), SERVED_IN_TIME],
         fault=Xid(13, lasting=seconds(18)),
         during=[
             Success(at_least=0.98),
             FirstToken(p95=seconds(1.5)),
+            SERVED_IN_TIME,
             UnbrokenStreams(except_on="targets"),
             NodeKept(for_at_least=seconds(14)),  # repair wait + two polls on the sandbox's compressed clocks
         ],
