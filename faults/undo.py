@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 from faults.base import CORDONED, Undo
 from gameday import clock
 from gameday.cluster import Cluster, Obj
@@ -13,7 +11,7 @@ from gameday.kinds import BY_KIND, NODES
 PAUSE = "/pause"  # Chaos Mesh's pod-failure image is `…/pause`
 
 
-def undo(cluster: Cluster, entry: Undo, *, within: float, stop: threading.Event | None = None) -> str:
+def undo(cluster: Cluster, entry: Undo, *, within: float) -> str:
     """Do one undo and verify it; returns what was found, in words.
 
     An API server that does not answer is tried again until `within` seconds are over.
@@ -33,7 +31,7 @@ def undo(cluster: Cluster, entry: Undo, *, within: float, stop: threading.Event 
         return result is not None
 
     try:
-        clock.wait_until(done, within=within, every=0.1, what=f"undoing {entry.what} {entry.name}", stop=stop)
+        clock.wait_until(done, within=within, every=0.1, what=f"undoing {entry.what} {entry.name}")
     except clock.Waited as late:
         raise HealError(f"{late}{_why(cluster, entry, last)}; by hand: {entry.command()}") from late
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -276,10 +277,4 @@ class Watcher:
 def names_xid(text: str, xid: int) -> bool:
     """Whether a condition's or an Event's words name this Xid (and not a longer number that begins with it)."""
     flat = text.lower().replace(" ", "").replace("_", "")
-    at = flat.find(f"xid{xid}")
-    while at >= 0:
-        end = at + len(f"xid{xid}")
-        if not flat[end : end + 1].isdigit():
-            return True
-        at = flat.find(f"xid{xid}", end)
-    return False
+    return re.search(rf"xid{xid}(?!\d)", flat) is not None
