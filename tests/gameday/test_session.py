@@ -12,6 +12,7 @@ from faults import PodKill, undo as undoing
 from faults.base import CORDONED, Plan, Undo
 from gameday.cluster import Cluster
 from gameday.errors import ExperimentError, HealError, RecordError
+from gameday.heal import Healer
 from gameday.kinds import CONFIGMAPS, NODES
 from gameday.ledger import Ledger
 from gameday.model import FaultFacts, FaultMark, Note, Step
@@ -55,7 +56,7 @@ def aimed(made: Session, cluster: Cluster, tmp_path: Path) -> list[str]:
     ledger.write(undos)
     made._ledger, made._harm = ledger, 1.0
     made._plan = Plan(FACTS, (), tuple(undos))
-    made._reach = SimpleNamespace(stop=lambda: None)  # type: ignore[assignment]
+    made._healer = Healer(cluster, ledger, undos, made.tape, within=3)
     return ["n1", "n2"]
 
 
@@ -85,7 +86,7 @@ class FullDisk:
 def test_a_full_disk_does_not_keep_us_from_healing(cluster: Cluster, tmp_path: Path) -> None:
     made = session(tmp_path, cluster)
     aimed(made, cluster, tmp_path)
-    made._recorder = FullDisk()  # type: ignore[assignment]
+    made.tape._recorder = FullDisk()  # type: ignore[assignment]
     made.heal()
     assert cordoned(cluster) == []
     with pytest.raises(RecordError, match="No space left"):
@@ -118,9 +119,9 @@ def test_one_undo_that_fails_does_not_keep_the_next_from_being_done(
     monkeypatch.setattr(undoing, "undo", fails_once)
     made.heal()
     assert cordoned(cluster) == ["n1"]
-    marks = [event for event in made._events if isinstance(event, FaultMark)]
+    marks = [event for event in made.tape.events if isinstance(event, FaultMark)]
     assert [mark.ok for mark in marks if mark.step is Step.HEALED] == [False]
-    assert any(isinstance(event, Note) and event.level == "error" for event in made._events)
+    assert any(isinstance(event, Note) and event.level == "error" for event in made.tape.events)
     monkeypatch.setattr(undoing, "undo", real)
     made.heal()
     assert cordoned(cluster) == []
@@ -131,7 +132,7 @@ def test_an_error_after_the_first_stop_is_noted(tmp_path: Path) -> None:
     made.stop("inconclusive", "the effect was lost")
     made.stop("inconclusive", "a second look")
     made.interrupt(15)
-    told = [(event.level, event.text) for event in made._events if isinstance(event, Note)]
+    told = [(event.level, event.text) for event in made.tape.events if isinstance(event, Note)]
     assert [level for level, _ in told] == ["inconclusive", "error"]
     assert made.interrupted == 15
 

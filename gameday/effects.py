@@ -1,0 +1,96 @@
+"""Whether the fault bites: the proofs of its effect, kept up until the heal, and seen to be gone after it."""
+
+from __future__ import annotations
+
+from faults.base import Apply, Cut, Dead, Detected, Job, Plan
+from gameday import clock
+from gameday.cluster import Cluster
+from gameday.ledger import strays
+from gameday.model import NodeMark, Step
+from gameday.tape import Tape
+from probes.kube import Watcher
+from probes.reach import EVERY, LOST, Reach, Seen
+
+GONE_WITHIN = 10.0  # seconds after the undo until the effect must be seen to be gone
+
+
+class Effects:
+    """The proofs of one plan's acts."""
+
+    def __init__(self, plan: Plan, reach: Reach, watcher: Watcher, tape: Tape) -> None:
+        self._plan, self._reach, self._watcher, self._tape = plan, reach, watcher, tape
+        self._gone: frozenset[str] = frozenset()
+        self._reported: set[str] = set()  # nodes whose Xid a detector has reported
+        self._lost: dict[str, int] = {}  # act → looks in a row without its effect
+        self.signalled = 0.0  # when the signal Job ran: detections count from then on
+
+    def look(self, act: Apply) -> Seen:
+        assert isinstance(act.proof, Cut | Dead)
+        return self._reach.look(act.proof, self._gone)
+
+    def prove(self, act: Apply, since: clock.Instant) -> bool:
+        """Wait for the independent proof that the act, done at `since`, bites; stop where none comes."""
+        if act.what == "pod-kill" and isinstance(act.proof, Dead):
+            self._gone |= frozenset(act.proof.pods)
+        until, seen = clock.now() + act.within, self.look(act)
+        while not seen.settled and clock.now() < until and not self._tape.stopped:
+            clock.pause(EVERY / 2, self._tape.stopping)
+            seen = self.look(act)
+        if not seen.settled:
+            self._tape.mark(Step.EFFECT, False, act.what, seen.detail)
+            self._tape.stop("inconclusive", f"{act.what} was injected, but its effect was not seen: {seen.detail}")
+            return False
+        since = max(seen.before, since)
+        self._tape.mark(Step.EFFECT, True, act.what, seen.detail, t=max(seen.since, since), since=since)
+        return True
+
+    def watch(self) -> None:
+        """A lasting effect must be seen until the heal; detectors' reports are noted when they come."""
+        lasting = any(getattr(getattr(act, "proof", None), "lasting", False) for act in self._plan.acts)
+        if lasting and (silent := self._reach.silent(EVERY * LOST * 3)):
+            why = f"the prober in zone {silent[0]} fell silent, so that the fault cannot be seen"
+            self._tape.stop("inconclusive", why)
+        for act in self._plan.acts:
+            proof = getattr(act, "proof", None)
+            if isinstance(act, Apply) and isinstance(proof, Cut | Dead) and proof.lasting:
+                seen = self.look(act)
+                self._lost[act.what] = 0 if seen.holds else self._lost.get(act.what, 0) + 1
+                if self._lost[act.what] > LOST:
+                    self._tape.mark(Step.EFFECT, False, act.what, seen.detail)
+                    why = f"the effect of {act.what} was lost before the heal: {seen.detail}"
+                    self._tape.stop("inconclusive", why)
+            if isinstance(act, Job) and isinstance(proof, Detected):
+                self._detected(proof)
+
+    def _detected(self, proof: Detected) -> bool:
+        if proof.node in self._reported:
+            return True
+        found = self._watcher.detection(proof.node, proof.xid, self.signalled)
+        if found is None:
+            return False
+        self._reported.add(proof.node)
+        self._tape.emit(NodeMark(found.t, proof.node, "detected", "", found.text))
+        self._tape.mark(Step.EFFECT, True, "signal", found.text)
+        return True
+
+    def demand_detection(self) -> None:
+        """A signal that no detector has reported until the heal proved nothing."""
+        for act in self._plan.acts:
+            proof = getattr(act, "proof", None)
+            if isinstance(act, Job) and isinstance(proof, Detected) and not self._detected(proof):
+                self._tape.mark(Step.EFFECT, False, "signal", f"no detector reported Xid {proof.xid} on {proof.node}")
+
+    def see_gone(self, cluster: Cluster, run: str) -> None:
+        """The effect must be seen to be gone, not only called so."""
+        cuts = [act for act in self._plan.acts if isinstance(act, Apply) and isinstance(act.proof, Cut)]
+        for act in cuts:
+            assert isinstance(act.proof, Cut)
+            until, seen = clock.now() + GONE_WITHIN, self._reach.look_gone(act.proof, self._watcher.ready_keys())
+            while not seen.settled and clock.now() < until:
+                clock.pause(EVERY / 2)
+                seen = self._reach.look_gone(act.proof, self._watcher.ready_keys())
+            self._tape.mark(Step.GONE, seen.settled, act.what, seen.detail)
+        if not cuts:
+            kinds = [one for one in strays(cluster, run) if one.kind not in ("Pod", "Job")]
+            told = ", ".join(one.name for one in kinds) or "no chaos resource is left"
+            self._tape.mark(Step.GONE, not kinds, self._plan.facts.name, told)
