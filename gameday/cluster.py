@@ -1,9 +1,9 @@
-"""The cluster under test, through the Kubernetes API. The only module that imports `kubernetes`.
+"""The cluster under test, through the Kubernetes API. With `gameday.login` the only importer of `kubernetes`.
 
-The official client loads the kubeconfig (exec plugins, token refresh, proxies included) and carries
-the requests; objects stay plain JSON (`Obj`), since chaos resources have no types there and the typed
-client refuses whole lists for one odd object. What other modules work with are the frozen `Pod` and
-`Node`. Every call is bounded in time.
+The official client carries the requests; objects stay plain JSON (`Obj`), since chaos resources have no types
+there and the typed client refuses whole lists for one odd object. What other modules work with are the frozen
+`Pod` and `Node`. Every call is bounded in time. What a real API server does now and then is ridden out:
+throttling (429 with Retry-After), credentials that expired (401), a restart (no connection for `PATIENCE`).
 
 Errors: `ClusterError` in one sentence; `Refused` carries the API's own Status.
 """
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import urllib3
-import yaml
-from kubernetes import client as k8s, config as k8s_config
 from kubernetes.client.exceptions import ApiException
 
+from gameday import clock
 from gameday.errors import ClusterError
 from gameday.kinds import NODES, PODS, REVIEWS, Kind
+from gameday.login import Login, censored, kubeconfig as kubeconfig_
 
 Obj = dict[str, Any]
 Objs = list[Obj]
@@ -32,6 +32,7 @@ CORDONED = "gameday.dev/cordoned-by"  # annotation on a node
 ZONE_LABEL = "topology.kubernetes.io/zone"
 
 CALL_TIMEOUT = 10.0  # seconds for one request; a heal must not hang on a dead API server
+PATIENCE = 4.0  # seconds that an API server which has answered before gets to come back, or to stop throttling us
 QUIET = 3.0  # seconds without a byte after which a stream is taken up anew (so that its thread sees a stop)
 _PATCH = {
     "merge": "application/merge-patch+json",
@@ -43,14 +44,20 @@ _PATCH = {
 class Refused(ClusterError):
     """The API answered with an error Status; `code` is HTTP's, `reason` Kubernetes' word."""
 
-    def __init__(self, code: int, reason: str, message: str) -> None:
+    def __init__(self, code: int, reason: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.reason = reason
+        self.retry_after = retry_after  # seconds that the server asks us to wait, None where it does not
 
 
 class Unreachable(ClusterError):
-    """No answer from the API server (connection, TLS, timeout)."""
+    """No answer from the API server (connection, TLS, timeout). `never_sent`: it cannot have acted on the request."""
+
+    def __init__(self, message: str, *, never_sent: bool = False, slow: bool = False) -> None:
+        super().__init__(message)
+        self.never_sent = never_sent
+        self.slow = slow  # it timed out: waiting longer is not the way
 
 
 class Quiet(ClusterError):
@@ -103,32 +110,23 @@ class Watched:
 class Cluster:
     """One named cluster. Thread-safe: urllib3's pool carries every thread's requests."""
 
-    def __init__(self, api: Any, name: str, namespace: str) -> None:
-        self._api = api
-        self.name = name
+    def __init__(self, login: Login, namespace: str) -> None:
+        self._login = login
+        self.name = login.name
         self.namespace = namespace
+        self._answered = False  # once: from then on, an absence is a restart
 
     @classmethod
     def connect(
         cls, *, context: str | None, kubeconfig: Path | None = None, in_cluster: bool = False, namespace: str
     ) -> Cluster:
         """Connect to the cluster that the user named; nothing is ever implied by a current-context."""
-        conf = k8s.Configuration()
-        try:
-            if in_cluster:
-                k8s_config.load_incluster_config(client_configuration=conf)
-                name = "in-cluster"
-            else:
-                if not context:
-                    raise ClusterError("No cluster is named: give --context NAME, --in-cluster or GAMEDAY_CONTEXT.")
-                files = _kubeconfig(str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG", ""), context)
-                k8s_config.load_kube_config(config_file=files, context=context, client_configuration=conf)
-                name = context
-        except k8s_config.ConfigException as wrong:
-            raise ClusterError(f"The kubeconfig cannot be used: {wrong}") from wrong
-        conf.retries = False
-        conf.connection_pool_maxsize = 32
-        return cls(k8s.ApiClient(conf), name, namespace)
+        if in_cluster:
+            return cls(Login(context="", in_cluster=True), namespace)
+        if not context:
+            raise ClusterError("No cluster is named: give --context NAME, --in-cluster or GAMEDAY_CONTEXT.")
+        files = kubeconfig_(str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG", ""), context)
+        return cls(Login(context=context, files=files), namespace)
 
     # ── requests ────────────────────────────────────────────────────────────────────────────
 
@@ -142,10 +140,40 @@ class Cluster:
         content: str = "application/json",
         timeout: float | tuple[float, float] = CALL_TIMEOUT,
     ) -> Any:
+        """The raw answer, once the server neither throttles us nor takes our credentials for expired."""
+        until = clock.now() + PATIENCE
+        api = self._login.api
+        renewed = False
+        while True:
+            try:
+                raw = self._once(api, method, path, query, body, content, timeout)
+            except Refused as refused:
+                if refused.code == 401 and not renewed and self._login.renew(api):
+                    api, renewed = self._login.api, True
+                    continue
+                # An eviction's 429 is a PodDisruptionBudget's word, not throttling.
+                wait = None if path.endswith("/eviction") else refused.retry_after
+                if refused.code not in (429, 503) or wait is None or clock.now() + wait > until:
+                    raise
+                clock.pause(wait)
+                continue
+            self._answered = True
+            return raw
+
+    def _once(
+        self,
+        api: Any,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: object,
+        content: str,
+        timeout: float | tuple[float, float],
+    ) -> Any:
         headers = {"Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = content
-        request = self._api.param_serialize(
+        request = api.param_serialize(
             method=method,
             resource_path=path,
             query_params=list((query or {}).items()),
@@ -154,14 +182,20 @@ class Cluster:
             auth_settings=["BearerToken"],
         )
         try:
-            answer = self._api.call_api(*request, _request_timeout=timeout)
+            answer = api.call_api(*request, _request_timeout=timeout)
         except ApiException as refused:
-            raise _refused(refused.status or 0, refused.body or refused.reason or "") from refused
+            raise _refused(refused.status or 0, refused.body or refused.reason or "", refused.headers) from refused
         except (urllib3.exceptions.HTTPError, OSError) as lost:
-            raise Unreachable(f"The API server of {self.name!r} does not answer: {_root(lost)}") from lost
+            cause = getattr(lost, "reason", None) or lost
+            raise Unreachable(
+                f"The API server of {self.name!r} does not answer: {censored(_root(lost))}",
+                never_sent=isinstance(cause, urllib3.exceptions.NewConnectionError | ConnectionRefusedError),
+                slow=isinstance(cause, urllib3.exceptions.TimeoutError | TimeoutError)
+                and not isinstance(cause, urllib3.exceptions.NewConnectionError),
+            ) from lost
         raw = answer.response
         if raw.status >= 400:
-            raise _refused(raw.status, raw.read())
+            raise _refused(raw.status, raw.read(), raw.headers)
         return raw
 
     def call(
@@ -173,6 +207,27 @@ class Cluster:
         body: object = None,
         content: str = "application/json",
         timeout: float = CALL_TIMEOUT,
+    ) -> Obj:
+        """One request and its JSON. A restart of the API server is waited out where the request may be repeated:
+        it was never sent, or it says the same twice."""
+        again = method in ("GET", "DELETE") or content == _PATCH["merge"]
+        until = clock.now() + PATIENCE
+        while True:
+            try:
+                return self._json(method, path, query, body, content, timeout)
+            except Unreachable as lost:
+                if not self._answered or lost.slow or not (again or lost.never_sent) or clock.now() >= until:
+                    raise
+                clock.pause(0.2)
+
+    def _json(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: object,
+        content: str,
+        timeout: float,
     ) -> Obj:
         raw = self._send(method, path, query=query, body=body, content=content, timeout=timeout)
         try:
@@ -443,7 +498,7 @@ def _selectors(labels: str, fields: str) -> dict[str, str]:
     return ({"labelSelector": labels} if labels else {}) | ({"fieldSelector": fields} if fields else {})
 
 
-def _refused(code: int, body: str | bytes) -> ClusterError:
+def _refused(code: int, body: str | bytes, headers: Mapping[str, str] | None = None) -> ClusterError:
     text = body.decode(errors="replace") if isinstance(body, bytes) else body
     try:
         status = json.loads(text)
@@ -454,7 +509,15 @@ def _refused(code: int, body: str | bytes) -> ClusterError:
     message = status.get("message") or " ".join(text.split())[:200] or f"HTTP {code}"
     if code == 401:
         message = "the API server does not know these credentials (401): log in again, or name another --kubeconfig"
-    return Refused(code, status.get("reason", ""), message)
+    return Refused(code, status.get("reason", ""), message, _retry_after(headers))
+
+
+def _retry_after(headers: Mapping[str, str] | None) -> float | None:
+    """Kubernetes writes whole seconds; a date, which proxies may write, is not worth a clock comparison."""
+    try:
+        return max(0.0, float((headers or {}).get("Retry-After", "")))
+    except ValueError:
+        return None
 
 
 def _root(error: BaseException) -> str:
@@ -462,24 +525,3 @@ def _root(error: BaseException) -> str:
     reason = getattr(error, "reason", None) or error
     text = str(getattr(reason, "args", [reason])[-1] if getattr(reason, "args", None) else reason)
     return text.split(": ", 1)[-1] if "object at 0x" in text else text
-
-
-def _kubeconfig(named: str, context: str) -> str:
-    """The kubeconfig files (a colon list) that exist; a missing file or context is said plainly.
-
-    The client by itself would fall back to http://localhost (facts/peers.md).
-    """
-    paths = [Path(part).expanduser() for part in (named or "~/.kube/config").split(os.pathsep) if part]
-    files = os.pathsep.join(str(path) for path in paths if path.is_file())
-    if not files:
-        raise ClusterError(f"No kubeconfig at {named or '~/.kube/config'}: name one with --kubeconfig FILE.")
-    try:
-        contexts, _ = k8s_config.list_kube_config_contexts(config_file=files)
-        names = [found["name"] for found in contexts or []]
-    except (k8s_config.ConfigException, yaml.YAMLError, OSError) as wrong:
-        raise ClusterError(f"The kubeconfig {files} cannot be used: {wrong}") from wrong
-    except (TypeError, AttributeError, KeyError, ValueError) as wrong:
-        raise ClusterError(f"The kubeconfig {files} is not a kubeconfig: name another with --kubeconfig.") from wrong
-    if context not in names:
-        raise ClusterError(f"Context {context!r} is not in {files}; it has: {', '.join(names) or 'none'}.")
-    return files
