@@ -38,6 +38,8 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--allow-missing", {"action": "append", "help": "skip, instead of failing, where this capability is missing"}),
 )
 
+PARALLEL = "Experiments cannot run in parallel (-n): one game day at a time."
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gameday", "game days: experiments on a Kubernetes cluster")
@@ -61,11 +63,9 @@ def _uses(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse what would break experiments: parallel runs, reruns, timeouts by thread."""
+    """Refuse what would break experiments: reruns, timeouts by thread (`experiment` itself refuses parallel runs)."""
     if not any(_uses(item) for item in items):
         return
-    if _set(config, "numprocesses"):
-        raise pytest.UsageError("Experiments cannot run in parallel (-n): one game day at a time.")
     if _set(config, "reruns"):
         raise pytest.UsageError("Experiments are not rerun until green (--reruns): use --trials for repetition.")
     if _set(config, "timeout") and _set(config, "timeout_method") != "signal":
@@ -85,6 +85,8 @@ def _set(config: pytest.Config, name: str) -> Any:
 @pytest.fixture
 def experiment(request: pytest.FixtureRequest) -> Run:
     """Runs one experiment (call it exactly once)."""
+    if hasattr(request.config, "workerinput"):  # a worker of pytest-xdist, which hides -n from its workers
+        pytest.fail(PARALLEL, pytrace=False)
     run: Run = _heavy().Run(request.node, options_of(request.config))
     return run
 

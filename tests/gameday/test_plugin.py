@@ -134,11 +134,9 @@ def test_collection_touches_no_cluster(tmp_path: Path) -> None:
 
 
 def test_parallel_runs_are_refused(tmp_path: Path) -> None:
-    plugin = 'def pytest_addoption(parser):\n    parser.addoption("--numprocesses", dest="numprocesses", type=int)\n'
-    (tmp_path / "parallel.py").write_text(plugin)
     tests = "@pytest.mark.planned('PASS')\ndef test_zone_outage(experiment): run(experiment)"
-    done = pytest_of(tmp_path, tests, "-p", "parallel", "--numprocesses", "2")
-    assert done.returncode == 4 and "cannot run in parallel" in done.stderr
+    done = pytest_of(tmp_path, tests, "-p", "xdist", "-n", "2")
+    assert done.returncode == 1 and "cannot run in parallel" in done.stdout and "1 error" in done.stdout
 
 
 def test_two_experiments_with_one_bad_are_not_green(tmp_path: Path) -> None:
