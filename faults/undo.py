@@ -2,83 +2,129 @@
 
 from __future__ import annotations
 
+from faults import stuck
 from faults.base import CORDONED, Undo
 from gameday import clock
-from gameday.cluster import Cluster, Obj
+from gameday.clock import Instant
+from gameday.cluster import Cluster, Obj, Refused, Unreachable
 from gameday.errors import ClusterError, HealError
 from gameday.kinds import BY_KIND, NODES
 
 PAUSE = "/pause"  # Chaos Mesh's pod-failure image is `…/pause`
+EVERY = 0.1  # seconds between looks
+RETRY_MAX = 2.0  # seconds; after an error looks are spaced out, doubling, up to so much
+
+
+class Work:
+    """One undo under way, looked at as often as you like.
+
+    It may take `within` seconds of an API server that answers. While none answers it is tried until `until`, the
+    instant at which the fault ends by itself (where it does).
+    """
+
+    def __init__(self, cluster: Cluster, entry: Undo, within: float, until: Instant = 0.0) -> None:
+        self.entry = entry
+        self.begun = clock.now()
+        self._cluster, self._within, self._until = cluster, within, until
+        self._counted = self.begun  # from when on `within` counts
+        self._pause, self._next = EVERY, self.begun
+        self._error: ClusterError | None = None
+        self._stuck = stuck.Watch(within)
+
+    def look(self) -> str | None:
+        """Do what is to be done now; words when it is undone, None when not yet.
+
+        Raises `HealError` with what is left, and the command that undoes it by hand, when the time is over.
+        """
+        now = clock.now()
+        if now < self._next:
+            return None
+        try:
+            found = self._step()
+        except ClusterError as wrong:
+            self._error = wrong
+            self._pause = min(RETRY_MAX, self._pause * 2)
+        else:
+            self._error, self._pause = None, EVERY
+            if found is not None:
+                return f"{found}{self._stuck.told}"
+        now = clock.now()
+        self._next = now + self._pause
+        away = isinstance(self._error, Unreachable)
+        if now >= (max(self._counted + self._within, self._until) if away else self._counted + self._within):
+            raise HealError(self._late())
+        if away and self._until > now:
+            self._counted = now  # an API server that is away takes nothing off the time that is left for the undo
+        return None
+
+    def _late(self) -> str:
+        spent = clock.now() - self.begun
+        late = f"undoing {self.entry.what} {self.entry.name} did not happen within {spent:.0f} s"
+        return f"{late}{self._why()}; by hand: {self.entry.command()}"
+
+    def _step(self) -> str | None:
+        entry = self.entry
+        if entry.verb == "delete":
+            return self._delete()
+        node = self._cluster.find(NODES, entry.name)
+        if node is None or node["metadata"]["uid"] != entry.uid:
+            return f"node {entry.name} was replaced, nothing to undo"
+        if entry.verb == "uncordon":
+            return _uncordon(self._cluster, entry, node)
+        if node.get("status", {}).get("allocatable", {}).get(entry.resource) == entry.value:
+            return f"node {entry.name} offers {entry.value} {entry.resource}"
+        change = {"status": {"allocatable": {entry.resource: entry.value}}}
+        self._cluster.patch(NODES, entry.name, change, sub="status")
+        return None
+
+    def _delete(self) -> str | None:
+        entry, kind = self.entry, BY_KIND[self.entry.kind]
+        obj = self._cluster.find(kind, entry.name, entry.namespace)
+        if obj is None:
+            return f"{entry.kind} {entry.name} is gone"
+        if "deletionTimestamp" not in obj["metadata"]:
+            self._cluster.delete(kind, entry.name, entry.namespace, grace=1 if entry.kind == "Pod" else None)
+        else:
+            self._stuck.look(self._cluster, kind, obj)
+        return None
+
+    def _why(self) -> str:
+        """What keeps it, in brackets; "" when nothing is known."""
+        if self._error is not None:
+            return f" ({self._error})"
+        if self._stuck.why:
+            return f" ({self._stuck.why})"
+        if self.entry.verb != "delete":
+            return ""
+        try:
+            obj = self._cluster.find(BY_KIND[self.entry.kind], self.entry.name, self.entry.namespace)
+        except ClusterError:
+            return ""
+        held = (obj or {}).get("metadata", {}).get("finalizers")
+        return f" (held by finalizer {', '.join(held)})" if held else ""
+
+
+def _uncordon(cluster: Cluster, entry: Undo, node: Obj) -> str | None:
+    mark = (node["metadata"].get("annotations") or {}).get(CORDONED)
+    if mark != entry.value:
+        return f"node {entry.name} is not cordoned by us"
+    # The version makes it ours alone: whoever cordons the node at this instant is not overruled.
+    version = node["metadata"].get("resourceVersion")
+    change = {"annotations": {CORDONED: None}, "resourceVersion": version}
+    try:
+        cluster.patch(NODES, entry.name, {"metadata": change, "spec": {"unschedulable": None}})
+    except Refused as refused:
+        if refused.code != 409:
+            raise
+    return None
 
 
 def undo(cluster: Cluster, entry: Undo, *, within: float) -> str:
-    """Do one undo and verify it; returns what was found, in words.
-
-    An API server that does not answer is tried again until `within` seconds are over.
-    Raises `HealError` with what is left and the command that undoes it by hand.
-    """
-    found = ""
-    last: ClusterError | None = None
-
-    def done() -> bool:
-        nonlocal found, last
-        try:
-            result = _step(cluster, entry)
-        except ClusterError as wrong:
-            last = wrong
-            return False
-        found = result or found
-        return result is not None
-
-    try:
-        clock.wait_until(done, within=within, every=0.1, what=f"undoing {entry.what} {entry.name}")
-    except clock.Waited as late:
-        raise HealError(f"{late}{_why(cluster, entry, last)}; by hand: {entry.command()}") from late
+    """Do one undo and verify it; returns what was found, in words. Raises `HealError` as `Work.look` does."""
+    work = Work(cluster, entry, within)
+    while (found := work.look()) is None:
+        clock.pause(EVERY / 2)
     return found
-
-
-def _step(cluster: Cluster, entry: Undo) -> str | None:
-    """One try: words when it is undone, None when not yet."""
-    if entry.verb == "delete":
-        return _delete(cluster, entry)
-    node = cluster.find(NODES, entry.name)
-    if node is None or node["metadata"]["uid"] != entry.uid:
-        return f"node {entry.name} was replaced, nothing to undo"
-    if entry.verb == "uncordon":
-        mark = (node["metadata"].get("annotations") or {}).get(CORDONED)
-        if mark != entry.value:
-            return f"node {entry.name} is not cordoned by us"
-        cluster.patch(
-            NODES, entry.name, {"metadata": {"annotations": {CORDONED: None}}, "spec": {"unschedulable": None}}
-        )
-        return None
-    if node.get("status", {}).get("allocatable", {}).get(entry.resource) == entry.value:
-        return f"node {entry.name} offers {entry.value} {entry.resource}"
-    cluster.patch(NODES, entry.name, {"status": {"allocatable": {entry.resource: entry.value}}}, sub="status")
-    return None
-
-
-def _delete(cluster: Cluster, entry: Undo) -> str | None:
-    kind = BY_KIND[entry.kind]
-    obj = cluster.find(kind, entry.name, entry.namespace)
-    if obj is None:
-        return f"{entry.kind} {entry.name} is gone"
-    if "deletionTimestamp" not in obj["metadata"]:
-        cluster.delete(kind, entry.name, entry.namespace, grace=1 if entry.kind == "Pod" else None)
-    return None
-
-
-def _why(cluster: Cluster, entry: Undo, last: ClusterError | None) -> str:
-    if last is not None:
-        return f" ({last})"
-    if entry.verb != "delete":
-        return ""
-    try:
-        obj = cluster.find(BY_KIND[entry.kind], entry.name, entry.namespace)
-    except ClusterError:
-        return ""
-    held = (obj or {}).get("metadata", {}).get("finalizers")
-    return f" (held by finalizer {', '.join(held)})" if held else ""
 
 
 def still_paused(cluster: Cluster, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -296,6 +296,12 @@ class Cluster:
             raise
         return True
 
+    def evict(self, pod: str, namespace: str) -> None:
+        """Ask for its eviction; `Refused` with code 429 while a PodDisruptionBudget forbids it."""
+        metadata = {"name": pod, "namespace": namespace}
+        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata}
+        self.call("POST", PODS.path(namespace, pod, "eviction"), body=eviction)
+
     def can(self, verb: str, kind: Kind, namespace: str | None = None, sub: str = "") -> bool:
         """Whether we may, by SelfSubjectAccessReview."""
         attributes = {"verb": verb, "group": kind.group, "resource": kind.plural, "namespace": namespace or ""}

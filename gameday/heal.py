@@ -1,19 +1,61 @@
-"""Taking the fault back: every undo of stage "heal", in the plan's order, verified, and struck from the ledger."""
+"""Taking the fault back: every undo of stage "heal", in the plan's order, verified, and struck from the ledger.
+
+In order, but not at any price: an undo that hangs is left behind after `PATIENCE` seconds and goes on beside the
+next one, with its own deadline. While the API server does not answer it is tried again until the fault's own end.
+"""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from functools import partial
 
 from faults import undo as undoing
 from faults.base import Undo
 from gameday import clock
+from gameday.clock import Instant
 from gameday.cluster import Cluster
 from gameday.errors import ClusterError, HealError
 from gameday.ledger import Ledger
 from gameday.model import Step
 from gameday.tape import Tape
+
+PATIENCE = 4.0  # seconds for which the next undo waits for this one
+HURRIED = 1.0  # … after SIGINT or SIGTERM
+
+
+class _Job:
+    """One undo and, where its plan says so, the wait until the pods run again: both bounded by `within`."""
+
+    def __init__(self, cluster: Cluster, entry: Undo, within: float, until: Instant) -> None:
+        self.entry, self._cluster, self._within = entry, cluster, within
+        self.work = undoing.Work(cluster, entry, within, until)
+        self._told: str | None = None
+        self._undone_at = 0.0
+
+    @property
+    def legitimate(self) -> bool:
+        """It only waits for pods, which the next undo is meant to wait for as well."""
+        return self._told is not None
+
+    def look(self, hurried: bool) -> str | None:
+        """Words when it is done, None when not yet. Raises `HealError`, or a `ClusterError` that came too late."""
+        if self._told is None:
+            self._told, self._undone_at = self.work.look(), clock.now()
+            if self._told is None:
+                return None
+        if not self.entry.running or hurried:
+            return self._told
+        over = clock.now() - self._undone_at >= self._within
+        try:
+            if not undoing.containers_run(self._cluster, self.entry.running) and not over:
+                return None  # whether they ever run is judged by objectives, not by the heal
+            paused = undoing.still_paused(self._cluster, self.entry.running)
+        except ClusterError:
+            if over:
+                raise
+            return None
+        if paused:
+            raise HealError(f"{', '.join(paused)} still have the pause image: delete these pods.")
+        return self._told
 
 
 class Healer:
@@ -32,29 +74,38 @@ class Healer:
     def told(self) -> str:
         return f"{len(self._undone)} of {len(self._undos)} undone"
 
-    def heal(self) -> bool:
-        """Whether everything is undone."""
-        until = clock.now() + 2 * self._within  # for all of them together
+    def heal(self, until: Instant = 0.0) -> bool:
+        """Undo all of it; whether everything is undone. `until`: when the fault ends by itself."""
+        waiting = [entry for entry in self._undos if entry not in self._undone]
+        jobs: list[_Job] = []
         failed = False
-        for entry in self._undos:
-            if entry not in self._undone:
-                failed |= not self._undo(entry, min(self._within, max(2.0, until - clock.now())))
+        while waiting or jobs:
+            if waiting and not any(self._next_waits(job) for job in jobs):
+                jobs.append(_Job(self._cluster, waiting.pop(0), self._within, until))
+            for job in list(jobs):
+                done = self._look(job)
+                if done is not None:
+                    jobs.remove(job)
+                    failed |= not done
+            if jobs:
+                clock.pause(undoing.EVERY / 4)
         return not failed
 
-    def _undo(self, entry: Undo, within: float) -> bool:
+    def _next_waits(self, job: _Job) -> bool:
+        patience = HURRIED if self._tape.interrupted is not None else PATIENCE
+        return job.legitimate or clock.now() - job.work.begun < patience
+
+    def _look(self, job: _Job) -> bool | None:
+        """Whether it is undone, None while it is under way."""
         try:
-            told = undoing.undo(self._cluster, entry, within=within)
-            if entry.running and self._tape.interrupted is None:
-                with contextlib.suppress(clock.Waited):  # judged by objectives, not by the heal
-                    run = partial(undoing.containers_run, self._cluster, entry.running)
-                    clock.wait_until(run, within=within, what="containers run again")
-                if paused := undoing.still_paused(self._cluster, entry.running):
-                    raise HealError(f"{', '.join(paused)} still have the pause image: delete these pods.")
-            self._ledger.done(entry)
+            told = job.look(hurried=self._tape.interrupted is not None)
+            if told is None:
+                return None
+            self._ledger.done(job.entry)
         except (HealError, ClusterError) as wrong:
-            self._tape.mark(Step.RECOVERED, False, entry.what, str(wrong))
+            self._tape.mark(Step.RECOVERED, False, job.entry.what, str(wrong))
             self._tape.note("error", str(wrong))
             return False
-        self._undone.append(entry)
-        self._tape.mark(Step.RECOVERED, True, entry.what, told)
+        self._undone.append(job.entry)
+        self._tape.mark(Step.RECOVERED, True, job.entry.what, told)
         return True

@@ -18,11 +18,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from faults.base import OURS, ROLE, RUN, Undo
-from faults.undo import undo
+from faults.undo import still_paused, undo
+from gameday import clock
 from gameday.cluster import Cluster
 from gameday.errors import ClusterError, HealError, LockError
 from gameday.kinds import BY_KIND, CONFIGMAPS
-from gameday.lock import live_holder, remove_dead
+from gameday.lock import remove_dead, wait_until_dead
 
 _UNDO: TypeAdapter[Undo] = TypeAdapter(Undo)
 LEDGERS = f"{OURS},{ROLE}=ledger"
@@ -108,11 +109,10 @@ def strays(cluster: Cluster, run: str | None = None) -> tuple[Undo, ...]:
 def heal(cluster: Cluster, *, run: str | None = None, within: float = 60.0, say: Callable[[str], None]) -> int:
     """Undo what is left of earlier runs; returns how many undos were done. Idempotent.
 
-    Refuses (`LockError`) while the run that left it still holds its Lease. Tries everything even when one undo
-    fails, then raises one `HealError` that lists what is left.
+    Refuses (`LockError`) while the run that left it is at work; one that was killed is waited for until its Lease
+    runs out. Tries everything even when one undo fails, then raises one `HealError` that lists what is left.
     """
-    if holder := live_holder(cluster):
-        raise LockError(f"{holder} is still at work here: stop it first, or wait until its Lease runs out.")
+    wait_until_dead(cluster, say)
     failed: list[str] = []
     count = 0
     for left in leftovers(cluster, run):
@@ -120,6 +120,7 @@ def heal(cluster: Cluster, *, run: str | None = None, within: float = 60.0, say:
         for key, entry in left.entries:
             try:
                 say(f"{left.run}: {undo(cluster, entry, within=within)}")
+                _see_running(cluster, entry, within)
                 cluster.patch(CONFIGMAPS, left.ledger, {"data": {key: None}}, cluster.namespace)
                 count += 1
             except (HealError, ClusterError) as wrong:
@@ -131,9 +132,18 @@ def heal(cluster: Cluster, *, run: str | None = None, within: float = 60.0, say:
         try:
             say(f"stray: {undo(cluster, entry, within=within)}")
             count += 1
-        except HealError as wrong:
+        except (HealError, ClusterError) as wrong:
             failed.append(str(wrong))
     if failed:
         raise HealError("Not everything could be undone:\n  " + "\n  ".join(failed))
     remove_dead(cluster)
     return count
+
+
+def _see_running(cluster: Cluster, entry: Undo, within: float) -> None:
+    """A pod-failure is over when no pod has the pause image any more, whatever the control plane calls it."""
+    try:
+        clock.wait_until(lambda: not still_paused(cluster, entry.running), within=within, what="the pods' own images")
+    except clock.Waited as late:
+        paused = ", ".join(still_paused(cluster, entry.running))
+        raise HealError(f"{paused} still have the pause image: delete these pods.") from late

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from gameday import clock
 from gameday.cluster import Cluster, Obj, Refused
 from gameday.errors import ClusterError, LockError
 from gameday.kinds import CONFIGMAPS, LEASES
@@ -20,6 +21,7 @@ UNDER_TEST = "gameday.dev/namespace"  # annotation: the namespace under test, wh
 CLUSTER_WIDE = ("gameday-cluster", "default")  # every cluster has that namespace
 LASTS = 20.0  # seconds without renewal until others may take it over
 RENEW = 4.0
+OBSERVE = 1.5 * RENEW  # seconds for which an expired Lease must not move: its holder's clock may differ from ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,34 @@ def live_holder(cluster: Cluster) -> Holder | None:
     return holder if holder and holder.name and holder.live else None
 
 
+def wait_until_dead(cluster: Cluster, say: Callable[[str], None]) -> None:
+    """Return once nobody holds the namespace's lock; after a `kill -9` that takes until the Lease runs out.
+
+    Raises `LockError` as soon as the holder shows that it lives, by renewing it.
+    """
+    lease = cluster.find(LEASES, NAME, cluster.namespace)
+    if lease is None or not (holder := holder_of(lease)).name:
+        return
+    left = max(OBSERVE, min(LASTS + RENEW, (holder.until - datetime.now(UTC)).total_seconds()))
+    if holder.live:
+        say(f"{holder} holds the lock; its Lease runs out in {left:.0f} s, unless it is renewed")
+    if _moves(cluster, NAME, cluster.namespace, lease, left):
+        raise LockError(f"{holder} is still at work here: `gameday stop` ends it, and it heals by itself.")
+
+
+def _moves(cluster: Cluster, name: str, namespace: str, lease: Obj, within: float) -> bool:
+    """Whether anybody renews or takes this Lease in the next seconds."""
+    until = clock.now() + within
+    while clock.now() < until:
+        clock.pause(min(0.25, within))
+        seen = cluster.find(LEASES, name, namespace)
+        if seen is None:
+            return False
+        if seen.get("spec", {}).get("renewTime") != lease.get("spec", {}).get("renewTime"):
+            return bool(holder_of(seen).name)
+    return False
+
+
 def remove_dead(cluster: Cluster) -> int:
     """Delete the expired leases of game days on this namespace; returns how many there were."""
     count = 0
@@ -81,8 +111,8 @@ class Lock:
         self._thread: threading.Thread | None = None
         self.lost = threading.Event()
 
-    def acquire(self, on_lost: Callable[[], None]) -> None:
-        """Take all leases or none. Raises `LockError` naming who holds one and since when."""
+    def acquire(self, on_lost: Callable[[str], None]) -> None:
+        """Take all leases or none; `on_lost` is told why when one is lost later. Raises `LockError` naming who holds one and since when."""
         try:
             for name, namespace in self._leases:
                 self._take(name, namespace)
@@ -118,7 +148,7 @@ class Lock:
             if old is None:
                 self._cluster.create(LEASES, lease)
                 return
-            self._check_free(old, namespace)
+            self._check_free(old, name, namespace)
             lease["metadata"] = {**old["metadata"], "labels": self._labels, "annotations": annotations}
             self._cluster.replace(LEASES, lease)
         except Refused as refused:
@@ -128,12 +158,12 @@ class Lock:
                 ) from refused
             raise
 
-    def _check_free(self, lease: Obj, namespace: str) -> None:
+    def _check_free(self, lease: Obj, name: str, namespace: str) -> None:
         holder = holder_of(lease)
         if not holder.name:
             return
-        if holder.live:
-            raise LockError(f"{holder} holds the lock in {namespace}: wait for it, or stop it.")
+        if holder.live or _moves(self._cluster, name, namespace, lease, OBSERVE):
+            raise LockError(f"{holder} holds the lock in {namespace}: wait for it, or end it (`gameday stop`).")
         # Ledgers lie in the namespace that was under test, whichever lease has expired.
         namespace = (lease["metadata"].get("annotations") or {}).get(UNDER_TEST, namespace)
         left = self._cluster.list(
@@ -142,27 +172,28 @@ class Lock:
         if left:
             raise LockError(f"{holder} died and left faults behind in {namespace}: run `gameday heal` first.")
 
-    def _renew(self, on_lost: Callable[[], None]) -> None:
-        good = datetime.now(UTC)
-        while not self._stop.wait(RENEW):
+    def _renew(self, on_lost: Callable[[str], None]) -> None:
+        good = clock.now()
+        why = ""
+        while not why and not self._stop.wait(RENEW):
             try:
                 for name, namespace in self._held:
                     self._renew_one(name, namespace)
-                good = datetime.now(UTC)
-            except LockError:
-                break
-            except ClusterError:
-                if datetime.now(UTC) - good > timedelta(seconds=LASTS - RENEW):
-                    break
-        else:
-            return
-        self.lost.set()
-        on_lost()
+                good = clock.now()
+            except LockError as lost:
+                why = str(lost)
+            except ClusterError as wrong:
+                if clock.now() - good > LASTS - RENEW:
+                    why = f"the lock could not be renewed for {clock.now() - good:.0f} s ({wrong})"
+        if why:
+            self.lost.set()
+            on_lost(why)
 
     def _renew_one(self, name: str, namespace: str) -> None:
         lease = self._cluster.find(LEASES, name, namespace)
         if lease is None or holder_of(lease).name != self._holder:
-            raise LockError(f"the lock {namespace}/{name} is no longer ours")
+            now = f"{holder_of(lease).name!r} holds it" if lease else "it is gone"
+            raise LockError(f"the lock {namespace}/{name} was lost: {now}")
         self._cluster.patch(LEASES, name, {"spec": {"renewTime": _show(datetime.now(UTC))}}, namespace)
 
     def release(self) -> None:

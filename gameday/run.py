@@ -51,6 +51,7 @@ PACKAGES = (
     "prometheus-api-client",
 )  # whose versions a record names
 HEALS = 2  # attempts; what is not undone then is for `gameday heal`, and the verdict says so
+LONGEST = 60.0  # seconds after its time until whatever has an end of its own has ended by itself
 REBALANCE_WITHIN = 120.0  # seconds for a rollout restart
 
 
@@ -122,7 +123,7 @@ class Session:
         self.tape.say(f"{plan.facts.title} · expected to take up to {show_duration(round(expected))}")
         holder = f"{self._arena.run_id}/{self.spec.name}"
         self._lock = Lock(self._cluster, holder, dict(view.labels), cluster_wide=plan.cluster_wide)
-        self._lock.acquire(on_lost=lambda: self.stop("error", "the lock was lost to another game day"))
+        self._lock.acquire(on_lost=lambda why: self.stop("error", why))
         self._write_ledger(plan, view)
         for what, manifest in manifests(plan.acts):
             self._save(what, manifest)
@@ -348,7 +349,8 @@ class Session:
                 self.tape.mark(Step.UNDO, True)
             self.tape.phase(Phase.DURING, "end")
         self._phase, self._phase_ends = "heal", clock.now() + self._settings.heal_within
-        self._healed = self._healer.heal()
+        ends = self._harm + self._plan.facts.lasting + LONGEST if self._harm is not None else 0.0
+        self._healed = self._healer.heal(until=ends)
         if self._harm is not None:
             if self._effects is not None:
                 self._effects.see_gone(self._cluster, self._arena.run_id)

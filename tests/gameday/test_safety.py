@@ -25,7 +25,8 @@ def quiet(_: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def swept(cluster: Cluster) -> Iterator[None]:
+def swept(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(lock_, "OBSERVE", 0.3)
     yield
     for found in cluster.list(LEASES, "llm") + cluster.list(LEASES, "default"):
         cluster.delete(LEASES, found["metadata"]["name"], found["metadata"]["namespace"])
@@ -123,7 +124,7 @@ def test_what_is_undone_is_struck_out(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_heal_refuses_while_the_run_lives(cluster: Cluster, tmp_path: Path) -> None:
     lock = Lock(cluster, "r1/pod_kill", LABELS, cluster_wide=False)
-    lock.acquire(on_lost=lambda: None)
+    lock.acquire(on_lost=print)
     Ledger(cluster, tmp_path / "ledger.jsonl", "gd-x-ledger", LABELS).write(
         [Undo("uncordon", "c", "n1", uid="u", value="t1")]
     )
@@ -173,9 +174,9 @@ def test_strays_without_a_ledger_are_found_and_healed(cluster: Cluster) -> None:
 
 def test_a_second_game_day_is_told_who_holds_the_lock(cluster: Cluster) -> None:
     first = Lock(cluster, "r1/zone_outage", LABELS, cluster_wide=True)
-    first.acquire(on_lost=lambda: None)
+    first.acquire(on_lost=print)
     with pytest.raises(LockError, match=r"'r1/zone_outage' since \d\d:\d\d:\d\d holds the lock"):
-        Lock(cluster, "r2/pod_kill", LABELS, cluster_wide=False).acquire(on_lost=lambda: None)
+        Lock(cluster, "r2/pod_kill", LABELS, cluster_wide=False).acquire(on_lost=print)
     first.release()
     assert live_holder(cluster) is None
     assert not [one for one in cluster.list(LEASES, "default") if one["metadata"]["name"] == lock_.CLUSTER_WIDE[0]]
@@ -187,36 +188,37 @@ def expire(cluster: Cluster) -> None:
 
 def test_an_expired_lock_is_taken_over_only_when_its_ledger_is_healed(cluster: Cluster, tmp_path: Path) -> None:
     dead = Lock(cluster, "r1/zone_outage", LABELS, cluster_wide=False)
-    dead.acquire(on_lost=lambda: None)
+    dead.acquire(on_lost=print)
     Ledger(cluster, tmp_path / "l.jsonl", "gd-x-ledger", LABELS).write(
         [Undo("uncordon", "c", "n1", uid="u", value="t1")]
     )
     expire(cluster)
     heir = Lock(cluster, "r2/pod_kill", LABELS, cluster_wide=False)
     with pytest.raises(LockError, match=r"left faults behind.*gameday heal"):
-        heir.acquire(on_lost=lambda: None)
+        heir.acquire(on_lost=print)
     heal(cluster, within=5, say=quiet)
-    heir.acquire(on_lost=lambda: None)
+    heir.acquire(on_lost=print)
     assert str(live_holder(cluster)).startswith("Game day 'r2/pod_kill'")
     heir.release()
 
 
 def test_a_lost_lock_is_noticed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_, "RENEW", 0.05)
-    lost = []
+    lost: list[str] = []
     lock = Lock(cluster, "r1/pod_kill", LABELS, cluster_wide=False)
-    lock.acquire(on_lost=lambda: lost.append(True))
+    lock.acquire(on_lost=lost.append)
     cluster.patch(LEASES, lock_.NAME, {"spec": {"holderIdentity": "somebody-else"}}, "llm")
     assert lock.lost.wait(timeout=10)
     lock.release()
-    assert lost and cluster.get(LEASES, lock_.NAME, "llm")["spec"]["holderIdentity"] == "somebody-else"
+    assert "'somebody-else' holds it" in lost[0]
+    assert cluster.get(LEASES, lock_.NAME, "llm")["spec"]["holderIdentity"] == "somebody-else"
 
 
 def test_nothing_is_held_when_one_of_two_leases_is_taken(cluster: Cluster) -> None:
     other = Lock(cluster, "r1/zone_outage", LABELS, cluster_wide=True)
-    other.acquire(on_lost=lambda: None)
+    other.acquire(on_lost=print)
     cluster.delete(LEASES, lock_.NAME, "llm")  # a game day in another namespace holds only the cluster-wide one
     with pytest.raises(LockError, match="r1/zone_outage"):
-        Lock(cluster, "r2/zone_outage", LABELS, cluster_wide=True).acquire(on_lost=lambda: None)
+        Lock(cluster, "r2/zone_outage", LABELS, cluster_wide=True).acquire(on_lost=print)
     assert live_holder(cluster) is None
     other.release()

@@ -11,7 +11,7 @@ import pytest
 from faults import PodKill, undo as undoing
 from faults.base import CORDONED, Plan, Undo
 from gameday.cluster import Cluster
-from gameday.errors import ExperimentError, HealError, RecordError
+from gameday.errors import ClusterError, ExperimentError, RecordError
 from gameday.heal import Healer
 from gameday.kinds import CONFIGMAPS, NODES
 from gameday.ledger import Ledger
@@ -107,22 +107,22 @@ def test_a_dead_console_does_not_keep_us_from_healing(cluster: Cluster, tmp_path
 def test_one_undo_that_fails_does_not_keep_the_next_from_being_done(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = undoing.undo
+    real = undoing.Work._step
 
-    def fails_once(cluster: Cluster, entry: Undo, **more: Any) -> str:
-        if entry.name == "n1":
-            raise HealError("n1 cannot be undone")
-        return real(cluster, entry, **more)
+    def fails_once(self: undoing.Work) -> str | None:
+        if self.entry.name == "n1":
+            raise ClusterError("n1 cannot be undone")
+        return real(self)
 
     made = session(tmp_path, cluster)
     aimed(made, cluster, tmp_path)
-    monkeypatch.setattr(undoing, "undo", fails_once)
+    monkeypatch.setattr(undoing.Work, "_step", fails_once)
     made.heal()
     assert cordoned(cluster) == ["n1"]
     marks = [event for event in made.tape.events if isinstance(event, FaultMark)]
     assert [mark.ok for mark in marks if mark.step is Step.HEALED] == [False]
     assert any(isinstance(event, Note) and event.level == "error" for event in made.tape.events)
-    monkeypatch.setattr(undoing, "undo", real)
+    monkeypatch.setattr(undoing.Work, "_step", real)
     made.heal()
     assert cordoned(cluster) == []
 
