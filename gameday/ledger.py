@@ -21,7 +21,7 @@ from faults.base import OURS, ROLE, RUN, Undo
 from faults.undo import still_paused, undo
 from gameday import clock
 from gameday.cluster import Cluster
-from gameday.errors import ClusterError, HealError, LockError
+from gameday.errors import ClusterError, HealError
 from gameday.kinds import BY_KIND, CONFIGMAPS
 from gameday.lock import remove_dead, wait_until_dead
 

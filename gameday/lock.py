@@ -112,7 +112,9 @@ class Lock:
         self.lost = threading.Event()
 
     def acquire(self, on_lost: Callable[[str], None]) -> None:
-        """Take all leases or none; `on_lost` is told why when one is lost later. Raises `LockError` naming who holds one and since when."""
+        """Take all leases or none; `on_lost` is told why when one is lost later.
+
+        Raises `LockError` naming who holds one and since when."""
         try:
             for name, namespace in self._leases:
                 self._take(name, namespace)
