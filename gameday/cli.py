@@ -130,6 +130,7 @@ def _show(running: sandbox_up.Running) -> None:
         ("API", running.api_url),
         ("target", running.target_url),
         ("Prometheus", running.prometheus_url),
+        ("not enforced", running.not_enforced),
         ("kubectl", f"kubectl --kubeconfig {running.kubeconfig} get pods -A -o wide"),
     ):
         if value:

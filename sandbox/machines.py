@@ -13,6 +13,7 @@ from pathlib import Path
 from sandbox.client import NODES, Api, EventType, Informer, Obj
 from sandbox.node import kernel_log
 from sandbox.node.agent import Machine
+from sandbox.node.cgroups import Group
 from sandbox.node.volumes import Place
 from sandbox.node.zygote import Spawn, StartError, ZygoteClient
 from sandbox.options import Options
@@ -35,6 +36,7 @@ class Machines:
     state: Path
     ca: str
     tokens: dict[str, str]  # machine name → token
+    group: Group | None  # the sandbox's control group
     _live: dict[str, Machine] = field(default_factory=dict)
     _numbers: dict[str, int] = field(default_factory=dict)  # the last number given out, by zone
     _index: int = 0
@@ -54,11 +56,14 @@ class Machines:
         root = str(self.state / "nodes" / name)
         token = self.tokens.get(name, "")
         gpus = self.options.gpus_per_node
-        return Machine(name, self._index, zone, gpus, root, token, self.ca, self.options.clocks)
+        group = self.group.child(name) if self.group else None
+        return Machine(name, self._index, zone, gpus, root, token, self.ca, self.options.clocks, group)
 
     async def _boot(self, machine: Machine) -> None:
         place = Place(Path(machine.root))
         kernel_log.make(place)
+        if machine.group:
+            machine.group.make()
         log_file = os.open(self.state / "logs" / f"{machine.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             order = Spawn(
@@ -95,6 +100,8 @@ class Machines:
         self.zygote.kill(machine.name, signal.SIGKILL)
         await self.zygote.exited(machine.name)
         self.zygote.forget(machine.name)
+        if machine.group:
+            machine.group.remove()
         log.info("machine %s terminated", machine.name)
         await asyncio.sleep(self.options.clocks.machine_boot)
         await asyncio.to_thread(shutil.rmtree, machine.root, ignore_errors=True)

@@ -34,7 +34,8 @@ from sandbox.chaos import controller
 from sandbox.client import ApiError, HttpApi
 from sandbox.controlplane import ADMIN, serve, write_kubeconfig
 from sandbox.machines import MOST_PER_ZONE, Machines, machine_name
-from sandbox.node import linux, mounts, network
+from sandbox.node import cgroups, linux, mounts, network
+from sandbox.node.cgroups import Group
 from sandbox.node.zygote import Spawn, StartError, Zygote, ZygoteClient, freeze, pair
 from sandbox.options import Clocks, Options
 from sandbox.up import CONTEXT, Running, SandboxError, clear, last_words, load
@@ -208,6 +209,7 @@ class Supervisor:
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     began: float = field(default_factory=time.monotonic)
     failure: BaseException | None = None  # why it stops, when nobody asked for it
+    not_enforced: str = ""  # what this machine does not let us enforce
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     @property
@@ -276,7 +278,8 @@ class Supervisor:
                 return
             await controller.install_crds(api)
             await self._spawn_addons()
-            machines = Machines(self.zygote, self.options, self.state, self.tls.ca_pem, self.node_tokens)
+            group = self._control_group()
+            machines = Machines(self.zygote, self.options, self.state, self.tls.ca_pem, self.node_tokens, group)
             names = await machines.boot_all()
         self._background(self._provide(machines))
         async with HttpApi(self.api_url, self.admin, self.tls.ca_pem, user_agent="gameday-supervisor") as api:
@@ -289,6 +292,14 @@ class Supervisor:
                 await deploy.ready(api, self.options.stack, patience, self.state)
                 self.say("the stack is ready")
                 await deploy.scraped(api, _url(self.sockets.prometheus), 20 + 2 * self.options.clocks.scrape_interval)
+
+    def _control_group(self) -> Group | None:
+        try:
+            return cgroups.create(self.state)
+        except cgroups.Unavailable as why:
+            self.not_enforced = f"CPU and memory limits of pods: {why}"
+            self.say(f"not enforced: {self.not_enforced}")
+            return None
 
     def say(self, line: str) -> None:
         self.reports.say(f"{time.monotonic() - self.began:4.1f} s  {line}")
@@ -393,6 +404,7 @@ class Supervisor:
             clocks=self.options.clocks.name,
             stack=self.options.stack,
             expendable=self.options.stack == "fragile",
+            not_enforced=self.not_enforced,
             started=time.time(),
             start_ticks=linux.start_ticks(pid) or 0,
         )

@@ -24,7 +24,7 @@ from typing import Any
 import orjson
 
 from sandbox import prometheus
-from sandbox.node import linux
+from sandbox.node import cgroups, linux
 from sandbox.options import CLOCKS, Clocks, Options, default_state_dir
 
 CONTEXT = "gameday-sandbox"
@@ -33,6 +33,7 @@ _DOWN_SECONDS = 3.0  # for the supervisor to end by itself; then it is killed, w
 # What a sandbox writes to its state directory. Only these names are ever removed from there.
 _OURS = (
     "ca.crt",
+    cgroups.RECORD,
     "kubeconfig",
     "lock",
     "logs",
@@ -68,6 +69,7 @@ class Running:
     clocks: str
     stack: str
     expendable: bool  # limits on blast radius may be lifted
+    not_enforced: str  # what this machine does not let the sandbox enforce, and why; "": nothing
     started: float  # epoch seconds
     start_ticks: int  # of `pid`: tells it from a later process of the same number
 
@@ -204,6 +206,7 @@ def down(state_dir: Path) -> bool:
 
 def clear(state_dir: Path) -> None:
     """Remove what sandboxes write to their state directory, and the directory if nothing else is in it."""
+    cgroups.sweep(state_dir)
     for name in _OURS:
         path = state_dir / name
         if path.is_dir() and not path.is_symlink():

@@ -21,6 +21,7 @@ from aiohttp import web
 from sandbox.chaos import daemon
 from sandbox.client import LEASES, NODES, PODS, ApiError, EventType, HttpApi, Informer, Obj
 from sandbox.node import images, kernel_log, logs, network, node_status
+from sandbox.node.cgroups import Group
 from sandbox.node.events import Recorder
 from sandbox.node.network import API_PORT, API_URL, GATEWAY, KUBELET_PORT, PodNetworks
 from sandbox.node.pod import GPU, Pod
@@ -48,6 +49,7 @@ class Machine:
     token: str
     ca: str
     clocks: Clocks
+    group: Group | None = None  # its control group; None: limits cannot be enforced
 
     def dump(self) -> str:
         return orjson.dumps(self).decode()
@@ -55,7 +57,8 @@ class Machine:
     @staticmethod
     def load(text: str) -> Machine:
         fields = orjson.loads(text)
-        return Machine(**{**fields, "clocks": Clocks(**fields["clocks"])})
+        group = Group(**fields["group"]) if fields["group"] else None
+        return Machine(**{**fields, "clocks": Clocks(**fields["clocks"]), "group": group})
 
 
 @dataclass(slots=True)
@@ -119,16 +122,27 @@ class Agent:
         pod = self._pods.get(uid)
         return pod.netns() if pod else None
 
+    def drop(self, group: Group) -> None:
+        """Remove a control group, which may be busy for a moment after its last process is gone."""
+
+        async def insist() -> None:
+            while not group.remove():  # noqa: ASYNC110 – the kernel does not tell
+                await asyncio.sleep(0.05)
+
+        self._spawn(insist())
+
     def release(self, pod: Pod) -> None:
         self.gpus.release(pod.uid)
 
-    async def exec_in(self, process: str, argv: Sequence[str], env: dict[str, str], within: float) -> Outcome:
-        """Run a command in a container's namespaces."""
+    async def exec_in(
+        self, process: str, argv: Sequence[str], env: dict[str, str], within: float, groups: tuple[str, ...]
+    ) -> Outcome:
+        """Run a command in a container's namespaces and control groups."""
         self._execs += 1
         name = f"exec/{self._execs}"
         read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            order = Spawn(id=name, title="exec", argv=tuple(argv), env=env, join=process)
+            order = Spawn(id=name, title="exec", argv=tuple(argv), env=env, join=process, cgroups=groups)
             try:
                 await self.zygote.spawn(order, write, write)
             except StartError as failed:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sandbox.client import Obj
-from sandbox.node import images, logs, probes
+from sandbox.controllers.objects import milli
+from sandbox.node import cgroups, images, logs, probes
+from sandbox.node.cgroups import Group
 from sandbox.node.status import ContainerView, go_duration, now
 from sandbox.node.volumes import NotReady, expand
 from sandbox.node.zygote import Spawn, StartError
@@ -62,6 +64,8 @@ class Container:
         self._since = 0.0
         self._spec_running: Obj = spec
         self._process: str | None = None
+        self._group: Group | None = None  # of the running start
+        self.entered: tuple[str, ...] = ()  # the directories of control groups that its processes are in
         self._dead_at: float | None = None
         self._wish: Wish | None = None
         self._wished = asyncio.Event()
@@ -248,8 +252,27 @@ class Container:
             isolated=True,
             hostname=self.pod.spec.get("hostname") or meta["name"],
             mounts=(*self.pod.name_files(), *self.pod.volumes.mounts(spec)),
+            cgroups=self._limited(spec, number),
+            oom_score_adj=self.pod.oom_score(spec),
         )
         return order, self.pod.net_fd
+
+    def _limited(self, spec: Obj, number: int) -> tuple[str, ...]:
+        """A control group of its own for this start; empty where the machine has none."""
+        self._release_group()
+        if self.pod.group is None:
+            return ()
+        limits = {name: milli(value) for name, value in ((spec.get("resources") or {}).get("limits") or {}).items()}
+        group = self.pod.group.child(f"{self.name}.{number}")
+        wanted = cgroups.container_limits(limits)
+        self._group = group.make(wanted, leaf=True)
+        self.entered = group.entered(wanted)
+        return self.entered
+
+    def _release_group(self) -> None:
+        if self._group:
+            self._group.remove()  # one that is busy goes with its pod's
+            self._group, self.entered = None, ()
 
     def _running_now(self, spec: Obj, process: str) -> None:
         self._process, self._since, self._spec_running = process, time.monotonic(), spec
@@ -320,7 +343,11 @@ class Container:
         self._dead_at = time.monotonic()
         exit_code = code if code >= 0 else 128 - code
         started = self.view.state["running"]["startedAt"]
-        ended: Obj = {"exitCode": exit_code, "reason": "Error" if exit_code else "Completed"}
+        reason = "Error" if exit_code else "Completed"
+        if exit_code and self._group and self._group.oom_kills():
+            reason = "OOMKilled"
+        self._release_group()
+        ended: Obj = {"exitCode": exit_code, "reason": reason}
         ended |= {"startedAt": started, "finishedAt": now(), "containerID": self.view.container_id}
         self.view.state = {"terminated": ended}
         self.view.ready = self.view.started = False
@@ -381,7 +408,7 @@ class Container:
         assert image is not None, "it runs"
         _, command = images.Image(image.name, exec=image.exec or "python").process(argv, [])
         return await self.pod.agent.exec_in(
-            self._process, command, await self.pod.environment(self._spec_running), within
+            self._process, command, await self.pod.environment(self._spec_running), within, self.entered
         )
 
     # — probes —

@@ -5,6 +5,7 @@ Errors: `OSError` with the call's errno.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -62,6 +63,13 @@ def die_with_parent(sig: signal.Signals = signal.SIGKILL) -> None:
 def adopt_orphans() -> None:
     """Become the parent of descendants whose parent dies, in place of the host's PID 1, which may not reap them."""
     _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def oom_score_adj(score: int) -> None:
+    """How soon the kernel picks this process when memory runs out (-1000 … 1000). As low as may be: without
+    CAP_SYS_RESOURCE it cannot be lowered."""
+    with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
+        file.write(str(score))
 
 
 def sethostname(name: str) -> None:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from sandbox.client import PODS, ApiError, Obj
-from sandbox.node import status
+from sandbox.controllers.objects import milli
+from sandbox.node import cgroups, node_status, status
+from sandbox.node.cgroups import Group
 from sandbox.node.container import BackOff, Container
 from sandbox.node.mounts import Mount
 from sandbox.node.network import PodNet
@@ -41,6 +43,7 @@ class Pod:
         self.volumes = Volumes(agent.api, agent.place, obj)
         self.back_off = BackOff(agent.clocks.back_off_first, agent.clocks.back_off_max)
         self.gpus: dict[str, list[str]] = {}
+        self.group: Group | None = None
         self.stopping = False
         self.grace = float(self.spec.get("terminationGracePeriodSeconds", 30))
         self.grace_changed = asyncio.Event()
@@ -169,6 +172,10 @@ class Pod:
     async def _set_up(self) -> bool:
         """Network and volumes; False: told to stop before they were there."""
         self._net = self.agent.networks.create()
+        if self.agent.machine.group:
+            self.group = self.agent.machine.group.child(self.uid).make()
+        elif named := self._limited():
+            self.event("Warning", "LimitsNotEnforced", f"{', '.join(named)}: this sandbox cannot write control groups")
         self.view.sandbox = True
         self.changed()
         while not self.stopping:
@@ -183,6 +190,17 @@ class Pod:
                 async with asyncio.timeout(_RETRY):
                     await self._stop.wait()
         return False
+
+    def _limited(self) -> list[str]:
+        """The limits that only a control group could enforce."""
+        containers = (*(self.spec.get("initContainers") or []), *self.spec["containers"])
+        limits = [(c["name"], name) for c in containers for name in (c.get("resources") or {}).get("limits") or {}]
+        return [f"{name} limit of {container}" for container, name in limits if name in ("cpu", "memory")]
+
+    def oom_score(self, container: Obj) -> int:
+        """The container's oom_score_adj."""
+        asked = ((container.get("resources") or {}).get("requests") or {}).get("memory", 0)
+        return cgroups.oom_score(status.qos_class(self.spec), milli(asked) // 1000, node_status.MEMORY_BYTES)
 
     async def _run_containers(self) -> None:
         tokens = asyncio.create_task(self._renew_tokens())
@@ -226,6 +244,9 @@ class Pod:
         if self._net:
             self.agent.networks.destroy(self._net)
             self._net = None
+        if self.group:
+            self.agent.drop(self.group)
+            self.group = None
         self.agent.release(self)
 
     async def _remove(self) -> None:

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import orjson
 import setproctitle
 
-from sandbox.node import linux, mounts
+from sandbox.node import cgroups, linux, mounts
 from sandbox.node.mounts import Mount
 
 _MESSAGE = 200_000  # bytes; below the default of net.core.wmem_default
@@ -55,6 +55,8 @@ class Spawn:
     hostname: str = ""
     mounts: tuple[Mount, ...] | None = None
     join: str | None = None  # run inside the namespaces of this other spawned process
+    cgroups: tuple[str, ...] = ()  # directories of the control groups to enter
+    oom_score_adj: int | None = None
 
 
 class StartError(Exception):
@@ -191,6 +193,9 @@ def _prepare(
     signal.signal(signal.SIGPIPE, signal.SIG_DFL if order["call"] is None else signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     random.seed()
+    cgroups.enter(order["cgroups"])
+    if order["oom_score_adj"] is not None:
+        linux.oom_score_adj(order["oom_score_adj"])
     rest = list(fds)
     out, err = rest.pop(0), rest.pop(0)
     if order["netns"]:
