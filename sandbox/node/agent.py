@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from aiohttp import web
 
 from sandbox.chaos import daemon
 from sandbox.client import LEASES, NODES, PODS, ApiError, EventType, HttpApi, Informer, Obj
-from sandbox.node import images, kernel_log, logs, network, node_status
+from sandbox.node import exec as exec_, images, kernel_log, logs, network, node_status
 from sandbox.node.cgroups import Group
+from sandbox.node.container import Container
 from sandbox.node.events import Recorder
 from sandbox.node.network import API_PORT, API_URL, GATEWAY, KUBELET_PORT, PodNetworks
 from sandbox.node.pod import GPU, Pod
@@ -108,7 +110,6 @@ class Agent:
         }
         self._pods: dict[str, Pod] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._execs = 0
 
     # — what its pods ask of it —
 
@@ -134,26 +135,22 @@ class Agent:
     def release(self, pod: Pod) -> None:
         self.gpus.release(pod.uid)
 
-    async def exec_in(
-        self, process: str, argv: Sequence[str], env: dict[str, str], within: float, groups: tuple[str, ...]
-    ) -> Outcome:
-        """Run a command in a container's namespaces and control groups."""
-        self._execs += 1
-        name = f"exec/{self._execs}"
+    async def run_once(self, order: Spawn, within: float) -> Outcome:
+        """Run a command in a container; its exit code and output are the outcome."""
         read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            order = Spawn(id=name, title="exec", argv=tuple(argv), env=env, join=process, cgroups=groups)
             try:
                 await self.zygote.spawn(order, write, write)
             except StartError as failed:
                 return Outcome(False, str(failed))
             try:
                 async with asyncio.timeout(within):
-                    code = await self.zygote.exited(name)
+                    code = await self.zygote.exited(order.id)
             except TimeoutError:
-                self.zygote.kill(name, 9)
-                return Outcome(False, f"command timed out: {' '.join(argv)} after {within:g}s")
-            self.zygote.forget(name)
+                self.zygote.kill(order.id, signal.SIGKILL, group=True)
+                return Outcome(False, f"command timed out: {' '.join(order.argv)} after {within:g}s")
+            finally:
+                self.zygote.forget(order.id)
             with contextlib.suppress(BlockingIOError):
                 return Outcome(code == 0, os.read(read, 10_000).decode(errors="replace"))
             return Outcome(code == 0, f"exit code {code}")
@@ -282,19 +279,31 @@ class Agent:
                 except (ApiError, aiohttp.ClientError, OSError, TimeoutError) as lost:
                     log.debug("node status: %s", lost)
 
-    # — logs —
+    # — logs and exec —
 
     async def container_log(self, request: web.Request) -> web.StreamResponse:
         """GET /containerLogs/{namespace}/{pod}/{container}, as kubelets serve it."""
+        found = self._container(request)
+        if isinstance(found, web.Response):
+            return found
+        try:
+            source = found.log_source(previous=request.query.get("previous") in ("true", "1"))
+        except logs.NotThere as reason:
+            return web.Response(status=400, text=str(reason))
+        return await logs.answer(request, source)
+
+    async def container_exec(self, request: web.Request) -> web.StreamResponse:
+        """GET /exec/{namespace}/{pod}/{container}, upgraded to a WebSocket."""
+        found = self._container(request)
+        return found if isinstance(found, web.Response) else await exec_.serve(request, found, self.zygote)
+
+    def _container(self, request: web.Request) -> Container | web.Response:
+        """The container that a request names, or the answer that there is none."""
         namespace, name, container = (request.match_info[part] for part in ("namespace", "pod", "container"))
         for pod in reversed(self._pods.values()):  # a forced deletion may leave an older one of that name for a while
             meta = pod.obj["metadata"]
             if (meta["namespace"], meta["name"]) == (namespace, name) and (found := pod.container(container)):
-                try:
-                    source = found.log_source(previous=request.query.get("previous") in ("true", "1"))
-                except logs.NotThere as reason:
-                    return web.Response(status=400, text=str(reason))
-                return await logs.answer(request, source)
+                return found
         return web.Response(status=404, text=f'pod "{namespace}/{name}" has no container "{container}" on this node')
 
     async def run(self) -> None:
@@ -302,6 +311,7 @@ class Agent:
         network.add_node_address(self.machine.index)
         app = web.Application()
         app.router.add_get("/containerLogs/{namespace}/{pod}/{container}", self.container_log)
+        app.router.add_get("/exec/{namespace}/{pod}/{container}", self.container_exec)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
         await runner.setup()
         await web.TCPSite(runner, self.address, KUBELET_PORT).start()

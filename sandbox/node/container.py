@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,6 +69,7 @@ class Container:
         self.entered: tuple[str, ...] = ()  # the directories of control groups that its processes are in
         self._dead_at: float | None = None
         self._wish: Wish | None = None
+        self._entries = itertools.count()
         self._wished = asyncio.Event()
         self._logs: dict[int, logs.LogWriter] = {}
         self._workers = [] if init else self._probe_workers(spec)
@@ -400,16 +402,31 @@ class Container:
             if not outcome.ok:
                 self._fail("FailedPreStopHook", f"PreStopHook failed: {outcome.message}")
 
-    async def exec(self, argv: list[str], within: float) -> probes.Outcome:
-        """Run a command in the container; its exit code is the outcome."""
-        if self._process is None:
-            return probes.Outcome(False, "the container does not run")
+    async def entry(self, argv: Sequence[str]) -> Spawn | None:
+        """A process to make in the container; None: it does not run."""
+        process = self._process
+        if process is None:
+            return None
         image = images.find(self.pod.agent.images, self._spec_running["image"])
         assert image is not None, "it runs"
         _, command = images.Image(image.name, exec=image.exec or "python").process(argv, [])
-        return await self.pod.agent.exec_in(
-            self._process, command, await self.pod.environment(self._spec_running), within, self.entered
+        return Spawn(
+            id=f"exec/{next(self._entries)}/{process}",
+            title="exec",
+            argv=command,
+            env=await self.pod.environment(self._spec_running),
+            cwd=self._spec_running.get("workingDir") or "/",
+            join=process,
+            cgroups=self.entered,
+            stdin=True,
         )
+
+    async def exec(self, argv: list[str], within: float) -> probes.Outcome:
+        """Run a command in the container; its exit code is the outcome."""
+        order = await self.entry(argv)
+        if order is None:
+            return probes.Outcome(False, "the container does not run")
+        return await self.pod.agent.run_once(replace(order, stdin=False), within)
 
     # — probes —
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import gc
 import importlib
 import os
@@ -21,6 +22,7 @@ import select
 import signal
 import socket
 import sys
+import termios
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,8 +42,8 @@ class Spawn:
     """A process to make. `call` is "module:function" (argv → exit code), run without exec; else `argv` is exec'd.
 
     `isolated`: process, mount, IPC and UTS namespaces of its own; with `mounts` (a container) also its own
-    /run and /tmp. The descriptors sent along are, in order, stdout, stderr, the network namespace (when
-    `netns`), and those the process keeps, whose numbers it finds in the environment as GAMEDAY_FDS.
+    /run and /tmp. The descriptors sent along are, in order, stdout, stderr, stdin (when `stdin`), the network
+    namespace (when `netns`), and those the process keeps, whose numbers it finds in the environment as GAMEDAY_FDS.
     """
 
     id: str
@@ -50,6 +52,8 @@ class Spawn:
     call: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: str = "/"
+    stdin: bool = False  # a descriptor for it comes along; else it is empty
+    tty: bool = False  # stdin is a terminal, to be the process's own
     netns: bool = False
     isolated: bool = False
     hostname: str = ""
@@ -97,7 +101,7 @@ class Zygote:
         if request["op"] == "kill":
             pid = self._pids.get(request["id"])
             if pid is not None:
-                os.kill(pid, request["signal"])
+                (os.killpg if request["group"] else os.kill)(pid, request["signal"])
         elif request["op"] == "spawn":
             self._spawn(request["spawn"], fds)
         for fd in fds:
@@ -198,6 +202,7 @@ def _prepare(
         linux.oom_score_adj(order["oom_score_adj"])
     rest = list(fds)
     out, err = rest.pop(0), rest.pop(0)
+    source = rest.pop(0) if order["stdin"] else os.open(os.devnull, os.O_RDONLY)
     if order["netns"]:
         linux.setns(rest.pop(0), linux.CLONE_NEWNET)
     os.environ.clear()
@@ -220,9 +225,10 @@ def _prepare(
         elif kind != linux.CLONE_NEWPID:  # entered by the fork
             linux.setns(fd, kind)
     os.chdir(order["cwd"])
-    null = os.open(os.devnull, os.O_RDONLY)
-    for fd, number in ((null, 0), (out, 1), (err, 2)):
+    for fd, number in ((source, 0), (out, 1), (err, 2)):
         os.dup2(fd, number)
+    if order["tty"]:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     for fd in rest:
         os.set_inheritable(fd, True)
     _close_others(keep=[*rest, ready])
@@ -263,11 +269,19 @@ class ZygoteClient:
     def start(self) -> None:
         asyncio.get_running_loop().add_reader(self._sock.fileno(), self._read)
 
-    async def spawn(self, order: Spawn, out: int, err: int, netns: int | None = None, keep: Sequence[int] = ()) -> int:
+    async def spawn(
+        self,
+        order: Spawn,
+        out: int,
+        err: int,
+        netns: int | None = None,
+        keep: Sequence[int] = (),
+        stdin: int | None = None,
+    ) -> int:
         """Make the process; its pid in the zygote's namespace. Raises `StartError`. The fds stay ours to close."""
         loop = asyncio.get_running_loop()
         message = orjson.dumps({"op": "spawn", "spawn": asdict(order)})
-        fds = [out, err, *([netns] if netns is not None else []), *keep]
+        fds = [out, err, *(fd for fd in (stdin, netns) if fd is not None), *keep]
         started: asyncio.Future[int] = loop.create_future()
         self._starting[order.id] = started
         self._exits[order.id] = loop.create_future()
@@ -289,10 +303,10 @@ class ZygoteClient:
     def forget(self, name: str) -> None:
         self._exits.pop(name, None)
 
-    def kill(self, name: str, sig: int) -> None:
-        """Send a signal; a process that is gone already is fine."""
+    def kill(self, name: str, sig: int, *, group: bool = False) -> None:
+        """Send a signal, to all that it has started when `group`; a process that is gone already is fine."""
         with contextlib.suppress(OSError):
-            self._sock.send(orjson.dumps({"op": "kill", "id": name, "signal": int(sig)}))
+            self._sock.send(orjson.dumps({"op": "kill", "id": name, "signal": int(sig), "group": group}))
 
     def _read(self) -> None:
         try:
