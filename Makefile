@@ -28,7 +28,7 @@ check: setup
 	$(BIN)/mypy gameday faults probes loadgen reports sandbox experiments conftest.py
 	$(BIN)/lint-imports
 
-# The sandbox's control plane against transcripts of a real one (about four minutes).
+# The sandbox's control plane against transcripts of a real one (about 45 s).
 oracle: setup
 	$(RUN) scripts/oracle
 

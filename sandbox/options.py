@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -68,7 +68,10 @@ COMPRESSED = Clocks(
     model_load=3,
     scrape_interval=1,
 )
-CLOCKS = {clocks.name: clocks for clocks in (REAL, COMPRESSED)}
+# A control plane alone is there to be compared with a recorded one: true defaults, but for the loss of a node, which
+# the recording had shortened (its README).
+BARE = replace(REAL, name="bare", node_monitor_grace=8, node_monitor_period=1)
+CLOCKS = {clocks.name: clocks for clocks in (REAL, COMPRESSED, BARE)}
 
 
 def default_state_dir() -> Path:

@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("up", "down", "status"))
     parser.add_argument("--state-dir", type=Path, default=default_state_dir())
     parser.add_argument("--stack", choices=("reference", "fragile", "none"), default="reference")
-    parser.add_argument("--clocks", choices=sorted(CLOCKS), default="compressed")
+    parser.add_argument("--clocks", choices=sorted(CLOCKS), default=None)
     parser.add_argument("--bare", action="store_true", help="the control plane alone")
     args = parser.parse_args(argv)
     if args.what == "down":
@@ -281,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         running = find(args.state_dir)
         print(orjson.dumps(running, option=orjson.OPT_INDENT_2).decode() if running else "there is no sandbox")
         return 0 if running else 1
-    options = replace(Options(), state_dir=args.state_dir, stack=args.stack, clocks=CLOCKS[args.clocks], bare=args.bare)
+    clocks = CLOCKS[args.clocks or ("bare" if args.bare else "compressed")]
+    options = replace(Options(), state_dir=args.state_dir, stack=args.stack, clocks=clocks, bare=args.bare)
     try:
         running = up(options, lambda line: print(line, flush=True))
     except SandboxError as error:

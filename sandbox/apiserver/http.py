@@ -161,9 +161,9 @@ class Handler:
             raise logs.no_exec(self._core, target.space, target.name)
         if target.sub in ("binding", "eviction", "token"):
             raise errors.method_not_allowed()
-        stored = self._core.get(target.res, target.space, target.name)
         if target.sub == "scale":
-            return _json(subresources.scale_of(target.res, stored.obj))
+            return _json(subresources.read_scale(self._core, target.res, target.space, target.name))
+        stored = self._core.get(target.res, target.space, target.name)
         return self._one(request, target.res, stored)
 
     def _one(

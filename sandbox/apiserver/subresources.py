@@ -186,6 +186,17 @@ def _dig(obj: Obj, path: str) -> Any:
     return value
 
 
+def read_scale(core: Core, res: Resource, namespace: str, name: str) -> Obj:
+    """GET of a Scale; a custom resource that does not say how many it wants has none."""
+    obj = core.get(res, namespace, name).obj
+    if res.custom is not None and res.custom.scale is not None:
+        path = res.custom.scale["specReplicasPath"]
+        if _dig(obj, path) is None:
+            why = f'the spec replicas field "{path}" does not exist'
+            raise ApiError(500, "InternalError", f"Internal error occurred: {why}", {"causes": [{"message": why}]})
+    return scale_of(res, obj)
+
+
 def scale_of(res: Resource, obj: Obj) -> Obj:
     """The Scale object of a workload or of a custom resource that declares one."""
     spec, status = obj.get("spec") or {}, obj.get("status") or {}
@@ -218,6 +229,10 @@ def set_scale(core: Core, res: Resource, namespace: str, name: str, scale: Obj, 
     replicas = (scale.get("spec") or {}).get("replicas", 0)
     if not isinstance(replicas, int) or isinstance(replicas, bool):
         raise errors.bad_request("spec.replicas must be a number")
+    if replicas < 0 and res.custom is not None:
+        field = res.custom.scale["specReplicasPath"] if res.custom.scale else ".spec.replicas"
+        why = f"Invalid value: {replicas}: should be a non-negative integer"
+        raise errors.invalid(res.group, res.kind, name, [errors.Cause("FieldValueInvalid", why, field)])
     if replicas < 0:
         cause = errors.Cause(
             "FieldValueInvalid", f"Invalid value: {replicas}: must be greater than or equal to 0", "spec.replicas"
