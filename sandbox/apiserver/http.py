@@ -18,6 +18,7 @@ from sandbox.apiserver import (
     conversion,
     discovery,
     errors,
+    execs,
     logs,
     media,
     params,
@@ -80,8 +81,14 @@ class Handler:
         space = address.namespace or ""
         if address.plural == "namespaces" and not address.group:
             space = address.name
-        self._rules.check(user, rbac.Ask(verb, address.group, address.plural, space, address.name, address.sub))
+        ask = rbac.Ask(verb, address.group, address.plural, space, address.name, address.sub)
+        self._rules.check(user, ask)
+        if (address.group, address.plural) == ("", "pods") and address.sub in _STREAMS_REFUSED:
+            raise ApiError(501, "NotImplemented", f"pods/{address.sub} is not supported by the sandbox")
         target = self._target(address, verb)
+        if target.sub == "exec":
+            self._rules.check(user, replace(ask, verb="create"))  # whatever the method: since 1.35
+            return await execs.proxy(self._core, request, target.space, target.name)
         params.check(request.query)
         media.check_accept(request)
         match verb:
@@ -157,8 +164,6 @@ class Handler:
     async def _get(self, request: web.BaseRequest, target: Target) -> web.StreamResponse:
         if target.sub == "log":
             return await logs.proxy(self._core, request, target.space, target.name)
-        if target.sub == "exec":
-            raise logs.no_exec(self._core, target.space, target.name)
         if target.sub in ("binding", "eviction", "token"):
             raise errors.method_not_allowed()
         if target.sub == "scale":
@@ -268,7 +273,7 @@ class Handler:
             return await self._patch(request, target, write)
         if verb.startswith("delete"):
             return await self._delete(request, target, verb, write)
-        body = await media.body(request, res.kind, optional=sub == "exec")
+        body = await media.body(request, res.kind)
         if verb == "create" and (sub or res.key in REVIEWS):
             return _json(self._post(target, body, write), 201)
         if sub == "scale":
@@ -329,8 +334,6 @@ class Handler:
                 return subresources.evict(core, res, space, name, body, write)
             case "serviceaccounts", "token":
                 return subresources.token_request(core, self._tokens, space, name, body, write)
-            case "pods", "exec":
-                raise logs.no_exec(core, space, name)
             case "bindings", "":
                 pods = core.registry.find("", "v1", "pods")
                 assert pods is not None
@@ -350,6 +353,7 @@ class Handler:
         return _json({**subresources.SUCCESS, "details": details})
 
 
+_STREAMS_REFUSED = frozenset({"attach", "portforward", "proxy"})
 _RETURN_DELETED = frozenset({"pods", "services", "serviceaccounts", "persistentvolumeclaims", "resourcequotas"})
 
 

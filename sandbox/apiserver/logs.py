@@ -24,7 +24,8 @@ _KNOWN = {
 }
 
 
-def _container(pod: Obj, asked: str) -> str:
+def container(pod: Obj, asked: str) -> str:
+    """The container meant: the one asked for, or the only one. Raises ApiError."""
     spec, name = pod["spec"], pod["metadata"]["name"]
     names = [c["name"] for c in spec["containers"]]
     inits = [c["name"] for c in spec.get("initContainers") or []]
@@ -40,7 +41,8 @@ def _container(pod: Obj, asked: str) -> str:
     return asked
 
 
-def _kubelet(core: Core, node_name: str) -> str:
+def kubelet(core: Core, node_name: str) -> str:
+    """Where a node's kubelet answers, by what the Node says. Raises ApiError."""
     node = core.store.get("nodes", "", node_name)
     if node is None:
         raise errors.not_found("", "pods", node_name)  # so the real server: it looks for the node's "pod" of logs
@@ -54,16 +56,6 @@ def _kubelet(core: Core, node_name: str) -> str:
     return f"http://{addresses['InternalIP']}:{port}"
 
 
-def no_exec(core: Core, namespace: str, name: str) -> ApiError:
-    """Why there is no exec into this pod."""
-    pod = core.store.get("pods", namespace, name)
-    if pod is None:
-        return errors.not_found("", "pods", name)
-    if not pod.obj["spec"].get("nodeName"):
-        return errors.bad_request(f"pod {name} does not have a host assigned")
-    return ApiError(501, "NotImplemented", "exec is not supported by the sandbox")
-
-
 async def proxy(core: Core, request: web.BaseRequest, namespace: str, name: str) -> web.StreamResponse:
     """Stream a container's log. Raises ApiError."""
     found = core.store.get("pods", namespace, name)
@@ -71,12 +63,12 @@ async def proxy(core: Core, request: web.BaseRequest, namespace: str, name: str)
         raise errors.not_found("", "pods", name)
     if unknown := set(request.query) - _KNOWN:
         raise errors.bad_request(f"unsupported log parameters: {', '.join(sorted(unknown))}")
-    container = _container(found.obj, request.query.get("container", ""))
+    chosen = container(found.obj, request.query.get("container", ""))
     node = found.obj["spec"].get("nodeName")
     if not node:
         return web.Response(status=204)
     query = {key: value for key, value in request.query.items() if key != "container"}
-    url = f"{_kubelet(core, node)}/containerLogs/{namespace}/{name}/{container}"
+    url = f"{kubelet(core, node)}/containerLogs/{namespace}/{name}/{chosen}"
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=3)
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url, params=query) as answer:
