@@ -29,7 +29,7 @@ REFUSED = {
 def test_the_control_plane_answers_as_a_real_one() -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root: `gameday up --bare` makes namespaces")
-    command = [sys.executable, ROOT / "scripts" / "oracle"]
+    command = [sys.executable, str(ROOT / "scripts" / "oracle")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr
     for block in ("\n" + done.stdout).split("\nFAIL  ")[1:]:
