@@ -1,6 +1,7 @@
 # Two commands do everything: `make gameday` rehearses the game day on the sandbox, `make test` runs the tests.
 # Each sets up what it needs: a virtual environment, Python packages (pinned in constraints.txt) and Debian's
 # nftables, iproute2 and prometheus (its binary only: the package itself would start a service on :9090).
+# The tests also open the reports in Debian's chromium.
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +19,7 @@ gameday: setup
 	$(RUN) pytest experiments
 
 # Most tests wait more than they work, so three at a time; the end-to-end ones measure, so one at a time.
-test: check
+test: check $(TOOLS)/.browser
 	$(RUN) pytest tests --ignore tests/e2e -n 3 --dist loadfile
 	$(RUN) pytest tests/e2e
 
@@ -45,6 +46,13 @@ $(TOOLS)/.ready:
 	command -v nft ip dpkg-deb >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q nftables iproute2; }
 	test -x $(UNPACKED) || command -v prometheus >/dev/null || scripts/fetch-prometheus $(TOOLS)/prometheus "$(SUDO)"
 	touch $@
+
+# Where no browser can be had, the tests that need one are skipped, with the reason.
+$(TOOLS)/.browser:
+	mkdir -p $(TOOLS)
+	command -v chromium >/dev/null || command -v google-chrome >/dev/null \
+	  || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core; } \
+	  || { echo "no browser could be installed: the tests that need one are skipped"; exit 0; }; touch $@
 
 clean:
 	rm -rf $(VENV) $(TOOLS)

@@ -30,5 +30,8 @@ def show_duration(value: Seconds) -> str:
 
 
 def show_share(value: float) -> str:
-    """A share as a percentage with as many digits as its distance from 100 % deserves."""
-    return f"{value * 100:.2f} %" if value > 0.9 else f"{value * 100:.1f} %"
+    """A share as a percentage, its digits as many as its distance from 100 % deserves; less never reads as 100 %."""
+    digits = 2 if value > 0.9 else 1
+    while value < 1 and digits < 9 and f"{value * 100:.{digits}f}" == f"{100:.{digits}f}":
+        digits += 1
+    return f"{value * 100:.{digits}f} %"

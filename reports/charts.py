@@ -30,6 +30,7 @@ from bokeh.plotting import figure
 from gameday.model import Recovery
 from gameday.units import show_duration
 from reports import view, words
+from reports.series import Series
 from reports.view import Axis, Group, State
 
 BLUE, SKY, GREEN, ORANGE, RED, PURPLE, YELLOW = (
@@ -69,10 +70,11 @@ _MARK_SHAPES = {
     "notes": "hex",
 }
 
+_LIMIT = {"line_color": PURPLE, "line_width": 2, "line_dash": "dashed"}
 _TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds; formatters in JavaScript would need eval
 
 _NAMED = {RED: "bad", GREEN: "good"}  # how report.js finds texts whose colour depends on the page's
-LEFT = 132  # pixels kept for labels at the left of every chart, so that their x axes line up
+LEFT = 138  # pixels kept for labels at the left of every chart, so that their x axes line up
 
 Plot = Any  # bokeh is untyped
 
@@ -188,7 +190,7 @@ def latency(points: view.Points, on: Axis, limits: Sequence[view.Span], shared: 
             items.append(LegendItem(label=_called(kind, points), renderers=[_scatter(plot, kind, chosen)]))
     for span in limits:
         y = float(span.name)
-        line = plot.line([span.start, span.end], [y, y], line_color=PURPLE, line_width=2, line_dash="dashed")
+        line = plot.line([span.start, span.end], [y, y], **_LIMIT)
         if span is limits[0]:
             items.append(LegendItem(label="first-token limit", renderers=[line]))
     plot.yaxis.ticker = FixedTicker(ticks=list(_TICKS), minor_ticks=[])
@@ -280,7 +282,7 @@ def _stack(plot: Plot, bins: view.Bins, fills: Mapping[str, tuple[str, str]], na
         drawn = height > 0
         data = {
             "left": left[drawn],
-            "right": left[drawn] + view.BIN,
+            "right": left[drawn] + bins.width,
             "bottom": bottom[drawn],
             "top": (bottom + height)[drawn],
             "value": height[drawn],
@@ -390,6 +392,28 @@ def marks(found: Sequence[view.Mark], on: Axis, shared: Range1d) -> Plot:
         )
     _lanes_axis(plot, names)
     plot.add_tools(_hover([("at", "@x{0.00} s"), ("what", "@what")], plot))
+    return plot
+
+
+def series(one: Series, on: Axis, shared: Range1d) -> Plot:
+    """What Prometheus answered to one query; crosses where it had no answer."""
+    values = [*one.values, *(limit.value for limit in one.limits)] or [0.0]
+    low, high = min(*values, 0.0), max(*values, 0.0)
+    room = (high - low or 1.0) * 0.15
+    plot = _plot(on, shared, 150, y_range=(low - (room if low < 0 else room / 3), high + room))
+    source = ColumnDataSource({"x": [x for x, _ in one.points], "y": np.array([y for _, y in one.points])})
+    plot.line("x", "y", source=source, line_color=BLUE, line_width=1.5, name="good line")
+    seen = plot.scatter("x", "y", source=source, size=4, fill_color=BLUE, line_color=None, name="good")
+    items = [LegendItem(label="as sampled", renderers=[seen])]
+    for limit in one.limits:
+        line = plot.line([limit.start, limit.end], [limit.value] * 2, **_LIMIT)
+        if limit is one.limits[0]:
+            items.append(LegendItem(label="limit", renderers=[line]))
+    if one.missing:
+        lost = plot.scatter(list(one.missing), low, marker="x", size=9, line_color=RED, line_width=2)
+        items.append(LegendItem(label="no answer", renderers=[lost]))
+    plot.add_tools(HoverTool(renderers=[seen], tooltips=[("at", "@x{0.00} s"), ("value", "@y{0.0000}")], limit=2))
+    _legend(plot, items)
     return plot
 
 

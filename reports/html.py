@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,8 +24,9 @@ from markupsafe import Markup
 from gameday import record
 from gameday.clock import Epoch
 from gameday.model import Finding, Judgement, Note, Timeline, Verdict
-from reports import charts, history, verdicts, view, words
+from reports import charts, history, summary, verdicts, view, words
 from reports.console import healed, story
+from reports.series import CHARTS, TARGETS, Series, series
 
 HERE = Path(__file__).parent
 REPORT = "report.html"
@@ -98,6 +100,7 @@ def render(timeline: Timeline, judgement: Judgement, applied: Sequence[Manifest]
             findings=findings,
             sound=sound,
             reasons=words.reasons(judgement),
+            happened=summary.sentences(timeline, judgement, on),
             story=story(judgement),
             healed=healed(judgement),
             rto=_rto(judgement),
@@ -134,11 +137,12 @@ def _figures(timeline: Timeline, judgement: Judgement, on: view.Axis) -> tuple[F
     shared = charts.x_range(on)
     made = [
         _latency_figure(timeline, judgement, on, shared),
+        _waterfall_figure(judgement),
         _rates_figure(timeline, on, shared),
         _shares_figure(timeline, on, shared),
         _pods_figure(timeline, on, shared),
         _marks_figure(timeline, on, shared),
-        _waterfall_figure(judgement),
+        *_series_figures(timeline, judgement, on, shared),
     ]
     return tuple(f for f in made if f is not None)
 
@@ -154,12 +158,14 @@ def _latency_figure(timeline: Timeline, judgement: Judgement, on: view.Axis, sha
     sampled = ""
     if points.one_in > 1:
         sampled = (
-            f" Of {points.good_total:,} good requests {points.good_drawn:,} are drawn, the slowest of each ½ s too."
+            f" Of {points.good_total:,} good requests {points.good_drawn:,} are drawn, among them the slowest of"
+            f" every {_every(on)}."
         )
     if points.bad_one_in > 1:
         sampled += f" Of {points.bad_total:,} others {points.bad_drawn:,} are drawn."
     elif points.bad_total:
-        sampled += f" All others are drawn: {points.bad_total:,}."
+        others = f"all {points.bad_total:,} others" if points.bad_total > 1 else "the only other one"
+        sampled += f" Drawn {'are' if points.bad_total > 1 else 'is'} {others}."
     return Figure(
         "latency",
         "Requests",
@@ -182,6 +188,10 @@ def _latency_figure(timeline: Timeline, judgement: Judgement, on: view.Axis, sha
     )
 
 
+def _every(on: view.Axis) -> str:
+    return "half second" if on.bin == 0.5 else words.plain_duration(on.bin)
+
+
 def _rates_figure(timeline: Timeline, on: view.Axis, shared: Any) -> Figure:
     worst = view.worst_second(timeline, on)
     said = (
@@ -200,7 +210,7 @@ def _rates_figure(timeline: Timeline, on: view.Axis, shared: Any) -> Figure:
     )
     return Figure(
         "rates",
-        "Goodput and errors, per half second",
+        f"Goodput and errors, every {_every(on)}",
         said,
         charts.rates(bins, on, shared),
         ("from, s", *(f"{name} per s" for name in bins.rows)),
@@ -252,12 +262,12 @@ def _marks_figure(timeline: Timeline, on: view.Axis, shared: Any) -> Figure | No
     if not found:
         return None
     bad = sum(not m.ok for m in found)
-    rows = tuple((f"{m.x:.2f}", m.lane, "" if m.ok else "warning", m.what) for m in found[:2000])
+    rows = tuple((f"{m.x:.2f}", m.lane, "" if m.ok else "yes", m.what) for m in found[:2000])
     said = f"{len(found)} events, {bad} of them warnings or failed steps (filled)."
     if len(found) > len(rows):
         said += f" The table shows the first {len(rows)}."
     plot = charts.marks(view.thin_marks(found, on), on, shared)
-    return Figure("marks", "What happened", said, plot, ("at, s", "where", "", "what"), rows)
+    return Figure("marks", "What happened", said, plot, ("at, s", "where", "warning", "what"), rows)
 
 
 def _waterfall_figure(judgement: Judgement) -> Figure | None:
@@ -281,6 +291,26 @@ def _waterfall_figure(judgement: Judgement) -> Figure | None:
         ("stage", "from, s", "until, s", "took"),
         rows,
     )
+
+
+def _series_figures(timeline: Timeline, judgement: Judgement, on: view.Axis, shared: Any) -> list[Figure]:
+    """The first few series; "What Prometheus answered" lists all of them."""
+    found = series(timeline, judgement.findings, on)
+    return [_series_figure(f"prometheus-{i}", one, on, shared) for i, one in enumerate(found[:CHARTS])]
+
+
+def _series_figure(name: str, one: Series, on: view.Axis, shared: Any) -> Figure:
+    values = one.values
+    said = f"Prometheus, {one.samples:,} samples"
+    said += f" from {min(values):.4g} to {max(values):.4g}" if values else ", none with a value"
+    if one.missing:
+        said += f"; {len(one.missing):,} without an answer ({words.one_line(one.error) or 'no value'})"
+    if one.thinned:
+        said += "; drawn are the lowest and the highest of each stretch"
+    every = max(1, len(one.points) // 40)
+    rows = tuple((f"{x:.1f}", "no answer" if math.isnan(y) else f"{y:.4g}") for x, y in one.points[::every])
+    title = "targets up, of all that Prometheus scrapes" if one.query == TARGETS else one.name
+    return Figure(name, title, f"{said}.", charts.series(one, on, shared), ("at, s", "value"), rows)
 
 
 def _of_run(findings: Sequence[Finding]) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:

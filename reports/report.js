@@ -28,6 +28,8 @@
           model.glyph.setv({ text_color: { value: c.ink } });
         } else if (model.type === "GlyphRenderer" && model.name === "area good") {
           model.glyph.setv({ fill_color: { value: c.blue } });
+        } else if (model.type === "GlyphRenderer" && model.name === "good line") {
+          model.glyph.setv({ line_color: { value: c.blue } });
         } else if (model.type === "GlyphRenderer" && model.name === "good") {
           model.glyph.setv({ fill_color: { value: c.blue }, line_color: { value: c.blue } });
         }
@@ -39,7 +41,7 @@
   const fit = () => {
     for (const doc of Bokeh.documents) {
       for (const plot of doc.roots()) {
-        plot.setv({ min_border_left: narrow.matches ? 96 : 132, min_border_right: narrow.matches ? 6 : 14 });
+        plot.setv({ min_border_left: narrow.matches ? 96 : 138, min_border_right: narrow.matches ? 6 : 14 });
         for (const part of plot.above) if (part.type === "Legend") part.ncols = narrow.matches ? 2 : "auto";
         for (const axis of plot.left) axis.major_label_text_font_size = narrow.matches ? "9px" : "11px";
       }
@@ -84,6 +86,22 @@
     on("zoom-out", () => scale(2));
     on("left", () => shift(-0.25));
     on("right", () => shift(0.25));
+    const keys = { ArrowLeft: "left", ArrowRight: "right", "+": "zoom-in", "-": "zoom-out" };
+    const group = document.querySelector(".buttons");
+    if (group) group.addEventListener("keydown", (event) => {
+      const id = keys[event.key];
+      if (!id || event.ctrlKey || event.metaKey || event.altKey) return;
+      event.preventDefault();
+      document.getElementById(id).click();
+    });
+  };
+
+  // The pictures are hidden from screen readers, which have the words and the tables: so nothing in them takes the focus.
+  const unfocus = (node) => {
+    for (const one of node.querySelectorAll("*")) {
+      if (one.tabIndex >= 0) one.tabIndex = -1;
+      if (one.shadowRoot) unfocus(one.shadowRoot);
+    }
   };
 
   let opened = [];
@@ -100,6 +118,7 @@
     paint();
     fit();
     wire();
+    for (const chart of document.querySelectorAll(".chart")) unfocus(chart);
     narrow.addEventListener("change", fit);
     dark.addEventListener("change", paint);
     print.addEventListener("change", paint);

@@ -34,7 +34,8 @@ from gameday.model import (
 )
 from gameday.windows import requests
 
-BIN = 0.5  # seconds
+WIDTHS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds that a bin may hold
+BINS = 400  # on the whole axis, at most: more are not told apart on a screen
 POINTS = 4000  # good requests drawn at most, beside the slowest of every bin
 BAD_POINTS = 6000  # others drawn at most: more would lie on top of each other, and fill the file
 LANES = 60  # pods drawn at most
@@ -77,6 +78,11 @@ class Axis:
     back: float | None  # R, where an outage was seen
     unsure: tuple[Span, ...] = ()  # within which F and R are known to lie
 
+    @property
+    def bin(self) -> float:
+        """Seconds that are drawn as one."""
+        return next((w for w in WIDTHS if (self.end - self.start) / w <= BINS), WIDTHS[-1])
+
     def at(self, instant: Instant) -> float:
         return round(instant - self.zero, 4)
 
@@ -110,9 +116,10 @@ class Points:
 
 @dataclass(frozen=True, slots=True)
 class Bins:
-    """Per BIN, by intended send time: `rows[name][i]` begins at `left[i]`."""
+    """By intended send time: `rows[name][i]` begins at `left[i]` and ends `width` seconds later."""
 
     left: tuple[float, ...]
+    width: float
     rows: Mapping[str, tuple[float, ...]]
 
 
@@ -211,7 +218,7 @@ def points(timeline: Timeline, on: Axis) -> Points:
     one_in, bad_one_in = max(1, math.ceil(len(good) / POINTS)), max(1, math.ceil(len(bad) / BAD_POINTS))
     slowest: dict[int, Reply] = {}
     for reply in good:
-        key = math.floor(on.at(reply.t_intended) / BIN)
+        key = math.floor(on.at(reply.t_intended) / on.bin)
         if key not in slowest or _seconds(reply) > _seconds(slowest[key]):
             slowest[key] = reply
     kept = {(r.worker, r.seq): r for r in [*good[::one_in], *slowest.values()]}
@@ -246,16 +253,17 @@ def _point(reply: Reply, on: Axis) -> Point:
 
 
 def _edges(on: Axis) -> tuple[float, ...]:
-    first = math.floor(on.start / BIN)
-    return tuple(i * BIN for i in range(first, math.ceil(on.end / BIN) + 1))
+    first = math.floor(on.start / on.bin)
+    return tuple(i * on.bin for i in range(first, math.ceil(on.end / on.bin) + 1))
 
 
 def rates(timeline: Timeline, on: Axis) -> Bins:
     """Requests per second by how they ended, per bin of intended send time."""
-    seen = Counter((math.floor(on.at(r.t_intended) / BIN), group(r)) for r in timeline.replies)
+    width = on.bin
+    seen = Counter((math.floor(on.at(r.t_intended) / width), group(r)) for r in timeline.replies)
     left = _edges(on)
-    rows = {g: tuple(seen[round(x / BIN), g] / BIN for x in left) for g in Group}
-    return Bins(left, {str(g): row for g, row in rows.items() if g is Group.GOOD or any(row)})
+    rows = {g: tuple(seen[round(x / width), g] / width for x in left) for g in Group}
+    return Bins(left, width, {str(g): row for g, row in rows.items() if g is Group.GOOD or any(row)})
 
 
 NO_ANSWER = "no answer"
@@ -265,15 +273,17 @@ def zone_shares(timeline: Timeline, on: Axis) -> Bins:
     """Which zone answered, as a share of the requests of each bin; empty when no reply names a zone."""
     zones = sorted({r.zone for r in timeline.replies if r.zone})
     if not zones:
-        return Bins((), {})
-    seen = Counter((math.floor(on.at(r.t_intended) / BIN), r.zone or NO_ANSWER) for r in timeline.replies if r.counted)
+        return Bins((), on.bin, {})
+    width = on.bin
+    counted = (r for r in timeline.replies if r.counted)
+    seen = Counter((math.floor(on.at(r.t_intended) / width), r.zone or NO_ANSWER) for r in counted)
     totals: dict[int, int] = defaultdict(int)
     for (key, _), count in seen.items():
         totals[key] += count
     left = _edges(on)
-    keys = [round(x / BIN) for x in left]
+    keys = [round(x / width) for x in left]
     rows = {z: tuple(seen[k, z] / totals[k] if totals[k] else 0.0 for k in keys) for z in [*zones, NO_ANSWER]}
-    return Bins(left, {z: row for z, row in rows.items() if any(row)})
+    return Bins(left, width, {z: row for z, row in rows.items() if any(row)})
 
 
 _STATES: Mapping[str, State] = {
@@ -346,6 +356,9 @@ def marks(timeline: Timeline, on: Axis) -> tuple[Mark, ...]:
     return tuple(sorted(found, key=lambda m: m.x))
 
 
+ALERT = "alert "  # begins the name of samples that tell whether an alert fires
+SAME_ALERT = 2.0  # seconds within which two questions see one and the same change
+
 MARK_LANES = ("fault", "chaos records", "endpoints", "nodes", "events", "alerts", "notes")
 
 
@@ -372,18 +385,22 @@ def _mark(event: object, on: Axis) -> Mark | None:
 
 
 def _alerts(samples: Iterable[Sample], on: Axis) -> list[Mark]:
-    """Where an alert began or ceased to fire, as sampled."""
-    firing: dict[str, bool] = {}
-    found = []
+    """Where an alert began or ceased to fire, as sampled; one that an objective also asks for is marked once."""
+    firing: dict[tuple[str, str], bool] = {}
+    found: dict[tuple[str, bool], list[Mark]] = defaultdict(list)
     for sample in samples:
-        if not sample.name.startswith("alert ") or sample.value is None:
+        if not sample.name.startswith(ALERT) or sample.value is None:
             continue
-        now = sample.value >= 1
-        if now is not firing.get(sample.name, False):
-            said = f"{sample.name} {'fires' if now else 'is resolved'}"
-            found.append(Mark(on.at(sample.t), "alerts", said, not now))
-        firing[sample.name] = now
-    return found
+        key, now = (sample.name, sample.query), sample.value >= 1
+        if now is not firing.get(key, False):
+            x = on.at(sample.t)
+            near = found[sample.name, now]
+            if not near or x - near[-1].x > SAME_ALERT:
+                early = now and key not in firing and x < min(0.0, on.start + SAME_ALERT)
+                said = "was firing already" if early else "fires" if now else "is resolved"
+                near.append(Mark(x, "alerts", f"{sample.name} {said}", not now))
+        firing[key] = now
+    return [mark for marks_ in found.values() for mark in marks_]
 
 
 def thin_marks(found: Iterable[Mark], on: Axis) -> tuple[Mark, ...]:

@@ -250,6 +250,42 @@ def timeline(*, seed: int = 7419, evil: bool = False) -> Timeline:
     return record.timeline(about, fault, seen, samples, happened)
 
 
+def broken() -> Timeline:
+    """FAIL: a third of the requests fails until the heal, and only that brings the service back."""
+    made = timeline()
+    struck = (F, UNDO + 0.5)
+    seen = [
+        replace(r, outcome=Outcome.CONNECT_TIMEOUT, t_first=None, t_headers=None, t_end=r.t_intended + 1.0,
+                status=None, finish_reason=None, got_done=False, pod=None, zone=None, detail="connect: timed out")
+        if struck[0] <= r.t_intended < struck[1] and r.seq % 3 == 0 and r.counted else r
+        for r in made.replies
+    ]  # fmt: skip
+    happened = [e for e in made.events if not isinstance(e, LoadEnd | Heartbeat)]
+    return record.timeline(made.about, made.fault, seen, list(made.samples), [*happened, *_load(seen)])
+
+
+def unproven() -> Timeline:
+    """INCONCLUSIVE: nobody saw the fault act."""
+    made = timeline()
+    return replace(made, events=tuple(e for e in made.events if not (isinstance(e, FaultMark) and e.step == "effect")))
+
+
+def dirty() -> Timeline:
+    """ERROR: a chaos resource could not be removed."""
+    made = timeline()
+    left = FaultMark(END + 5, Step.CLEAN, False, "cluster", "NetworkChaos/gd-7419-cut is left: kubectl delete it")
+    return replace(made, events=(*made.events, left))
+
+
+def blind() -> Timeline:
+    """INCONCLUSIVE: Prometheus did not answer for a while."""
+    made = timeline()
+    samples = [
+        replace(s, value=None, raw="", error="timeout after 3 s") if F + 10 < s.t < F + 20 else s for s in made.samples
+    ]
+    return replace(made, samples=tuple(samples))
+
+
 def _sample(t: float, value: float) -> Sample:
     """As Prometheus answers: the instant in Unix seconds, the value as a string."""
     wall = ABOUT.epoch_wall + t - ABOUT.epoch_mono
