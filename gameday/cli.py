@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from gameday import arena as arena_, record, settings as settings_
+from gameday import arena as arena_, halt, record, settings as settings_
 from gameday.errors import GamedayError, RecordError
 from gameday.judge import judge as judge_
 from gameday.ledger import heal as heal_
@@ -171,6 +172,18 @@ def heal(run: str | None, **given: Any) -> None:
     found = _settings(given)
     count = heal_(arena_.connect(found), run=run, within=found.heal_within, say=_say)
     _say(f"{count} undone; nothing is left" if count else "nothing to heal")
+
+
+@main.command()
+@cluster_options
+@click.option("--reason", default="", help="shown in the verdict")
+@click.option("--within", type=click.FloatRange(min=1), default=300, show_default=True, help="seconds to wait for it")
+@one_sentence
+def stop(reason: str, within: float, **given: Any) -> None:
+    """End the game day that is at work in the namespace, from any machine; it heals before it leaves."""
+    cluster = arena_.connect(_settings(given))
+    took = halt.request(cluster, reason or f"asked for by {getpass.getuser()}", within=within, say=_say)
+    _say(f"it healed and left after {took:.1f} s")
 
 
 @main.command()

@@ -8,6 +8,7 @@ from faults import undo as undoing
 from faults.base import Undo
 from gameday.cluster import Cluster
 from gameday.errors import ClusterError, HealError, LockError
+from gameday.halt import clear
 from gameday.kinds import PODS
 from gameday.ledger import Ledger, strays
 from gameday.lock import Lock
@@ -32,6 +33,8 @@ def clean(
         if ledger is not None:
             left += _close(cluster, ledger, probers, healed, within)
         left += [f"{one.kind} {one.name}" for one in strays(cluster, run)]
+        if stop := clear(cluster, lock.holder):
+            left.append(stop)
     except (ClusterError, LockError) as wrong:
         left.append(str(wrong))
     try:

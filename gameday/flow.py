@@ -41,6 +41,7 @@ class Flow:
         self._load: launch.Load | None = None
         self._recent: deque[Reply] = deque()
         self._in_flight = self._silent = 0
+        self._beat: clock.Instant | None = None  # when a worker last said that it lives
         self.replies: list[Reply] = []
 
     def start(self, traffic: Traffic, seed: int, lasting: float, settings: Settings, out: Path) -> None:
@@ -62,10 +63,16 @@ class Flow:
     def begin(self, at: clock.Instant) -> None:
         assert self._load is not None, "prepared"
         self._load.begin(at)
+        self._beat = at
 
     def alive(self) -> bool:
         """False when a worker was lost."""
         return self._load is None or self._load.alive()
+
+    def silent_for(self) -> float:
+        """Seconds since a worker last gave a sign of life; 0 before the load begins."""
+        with self._lock:
+            return 0.0 if self._beat is None or self._load is None else clock.now() - self._beat
 
     def follow(self) -> None:
         """Take in what happened since the last look."""
@@ -74,6 +81,8 @@ class Flow:
                 return
             tail = self._load.poll()
             self._in_flight, self._silent = tail.in_flight, tail.silent
+            if tail.beats:
+                self._beat = clock.now()
             self.replies.extend(tail.replies)
             self._recent.extend(tail.replies)
             horizon = clock.now() - self._keep
@@ -96,12 +105,12 @@ class Flow:
 
     # ── the last seconds ────────────────────────────────────────────────────────────────────
 
-    def share(self, since: clock.Instant) -> float:
-        """Success share of what completed since then; requests that hang count as bad already. 0 when nothing did."""
+    def share(self, since: clock.Instant) -> float | None:
+        """Success share of what completed since then; requests that hang count as bad already. None: nothing did."""
         with self._lock:
             some = [reply for reply in self._recent if reply.t_end >= since and reply.counted]
             total = len(some) + self._silent
-        return sum(reply.ok for reply in some) / total if total else 0.0
+        return sum(reply.ok for reply in some) / total if total else None
 
     def good_since(self, since: clock.Instant) -> float | None:
         """Success share of what was to be sent since then; None when nothing came back."""

@@ -104,7 +104,7 @@ class Lock:
     """Held from `acquire` to `release`; `lost` is set when it could not be renewed in time."""
 
     def __init__(self, cluster: Cluster, holder: str, labels: dict[str, str], *, cluster_wide: bool) -> None:
-        self._cluster, self._holder, self._labels = cluster, holder, labels
+        self._cluster, self.holder, self._labels = cluster, holder, labels
         self._leases = [(NAME, cluster.namespace)] + ([CLUSTER_WIDE] if cluster_wide else [])
         self._held: list[tuple[str, str]] = []
         self._stop = threading.Event()
@@ -128,7 +128,7 @@ class Lock:
     def _take(self, name: str, namespace: str) -> None:
         now = datetime.now(UTC)
         spec = {
-            "holderIdentity": self._holder,
+            "holderIdentity": self.holder,
             "leaseDurationSeconds": int(LASTS),
             "acquireTime": _show(now),
             "renewTime": _show(now),
@@ -193,7 +193,7 @@ class Lock:
 
     def _renew_one(self, name: str, namespace: str) -> None:
         lease = self._cluster.find(LEASES, name, namespace)
-        if lease is None or holder_of(lease).name != self._holder:
+        if lease is None or holder_of(lease).name != self.holder:
             now = f"{holder_of(lease).name!r} holds it" if lease else "it is gone"
             raise LockError(f"the lock {namespace}/{name} was lost: {now}")
         self._cluster.patch(LEASES, name, {"spec": {"renewTime": _show(datetime.now(UTC))}}, namespace)
@@ -205,6 +205,6 @@ class Lock:
             self._thread.join(timeout=5)
         for name, namespace in self._held:
             lease = self._cluster.find(LEASES, name, namespace)
-            if lease is not None and holder_of(lease).name == self._holder:
+            if lease is not None and holder_of(lease).name == self.holder:
                 self._cluster.delete(LEASES, name, namespace)
         self._held.clear()

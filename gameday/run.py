@@ -19,12 +19,13 @@ import yaml
 
 from faults.act import NotInjected, manifests, perform
 from faults.base import EXPIRES, MANAGED, RUN, Apply, Job, Plan, Undo, View
-from gameday import clock, finish, record
+from gameday import clock, finish, halt, record
 from gameday.clock import Epoch, Instant
 from gameday.effects import Effects
 from gameday.errors import ClusterError, GamedayError, MissingCapability, RecordError
 from gameday.flow import DRAIN, RECENT, Flow
 from gameday.guard import Guard
+from gameday.halt import Ear
 from gameday.heal import Healer
 from gameday.judge import judge
 from gameday.kinds import DEPLOYMENTS, PODS
@@ -67,11 +68,12 @@ class Session:
         self.dir = arena.root / (spec.name if trial == 1 else f"{spec.name}.{trial}")
         self._token = f"{secrets.token_hex(3)}"
         self._epoch = Epoch.read()
-        self.tape = Tape(arena.say)
+        self.tape = Tape(arena.say, arena.progress)
         self._flow = Flow(keep=max(RECENT, self._settings.stop_after, spec.hold(self._settings)))
         self._plan: Plan | None = None
         self._about: About | None = None
         self._probers: tuple[Undo, ...] = ()
+        self._holder = f"{arena.run_id}/{self.dir.name}"  # of the lock
         self._lock: Lock | None = None
         self._ledger: Ledger | None = None
         self._healer: Healer | None = None
@@ -113,6 +115,7 @@ class Session:
     def prepare(self) -> None:
         """Preflight, plan, lock, ledger, probers, load: nothing is harmed yet."""
         self.check_spec()
+        halt.refuse_file(self._settings.stop_file)
         self.tape.open(self.dir)
         Preflight(self._cluster, self._arena.prometheus, self._settings).demand()
         view = self.view()
@@ -121,8 +124,7 @@ class Session:
         self._write_run()
         expected = self.spec.expected(self._settings)
         self.tape.say(f"{plan.facts.title} · expected to take up to {show_duration(round(expected))}")
-        holder = f"{self._arena.run_id}/{self.spec.name}"
-        self._lock = Lock(self._cluster, holder, dict(view.labels), cluster_wide=plan.cluster_wide)
+        self._lock = Lock(self._cluster, self._holder, dict(view.labels), cluster_wide=plan.cluster_wide)
         self._lock.acquire(on_lost=lambda why: self.stop("error", why))
         self._write_ledger(plan, view)
         for what, manifest in manifests(plan.acts):
@@ -143,7 +145,12 @@ class Session:
             self.tape.sample,
         )
         self._sampler.start()
-        self._guard = Guard(self._settings, self.tape, self._flow, self._sampler, self._watcher)
+        ear = Ear(
+            self._cluster, self._holder, self._settings.stop_file, lambda why: self.tape.stop("fail", why, over=True)
+        )
+        prometheus = self._arena.prometheus
+        self._guard = Guard(self._settings, self.tape, self._flow, self._sampler, self._watcher, prometheus, ear)
+        self.tape.say(self._guard.armed)
         self._guard.start()
 
     def _write_ledger(self, plan: Plan, view: View) -> None:
@@ -309,7 +316,7 @@ class Session:
                 self._effects.watch()
             if clock.now() - shown >= 1:
                 shown = clock.now()
-                self._arena.progress(self._progress())
+                self.tape.voice.progress(self._progress())
             if until is not None and until():
                 return
 

@@ -7,6 +7,7 @@ A cluster is never named by gameday.toml: only by option or environment (DESIGN 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic_settings import (
 )
 from pydantic_settings.exceptions import SettingsError as EnvironmentUnreadable
 
+from gameday.conditions import Threshold
 from gameday.errors import SettingsError
 from reports.notify import Notify
 
@@ -33,6 +35,9 @@ OTHER_VARIABLES = frozenset({"GAMEDAY_STATE_DIR"})  # read elsewhere
 SANDBOX_SAYS = frozenset(
     {"context", "kubeconfig", "namespace", "allow_namespaces", "selector", "service", "target", "model", "prometheus"}
 )
+
+_MATCHER = r'[a-zA-Z_]\w*\s*(?:=|!=|=~|!~)\s*"(?:[^"\\\n]|\\.)*"'
+MATCHERS = re.compile(rf"\s*{_MATCHER}(?:\s*,\s*{_MATCHER})*\s*")
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Duration = Annotated[float, Field(gt=0)]
@@ -85,6 +90,15 @@ class Settings(BaseSettings):
     stop_after: Duration = 60  # … below it for so long
     heal_within: Duration = 60  # how long one undo may take until it is called failed
 
+    # more stop conditions; like stop_below, each heals at once and fails
+    slo: Annotated[float, Field(gt=0, lt=1)] = 0.999  # the service's availability objective, for its error budget
+    stop_burn: Annotated[float, Field(ge=0)] = 0  # (1 − success) / (1 − slo) over stop_after; 0: off
+    stop_replicas: Annotated[int, Field(ge=0)] = 0  # fewer ready engines; 0: off
+    stop_when: tuple[str, ...] = ()  # PromQL, each "EXPRESSION > NUMBER"
+    stop_alerts: str = ""  # alerts that fire with these label matchers: 'severity="critical"'; "": off
+    expected_alerts: tuple[str, ...] = ()  # names of alerts that experiments are meant to raise
+    stop_file: Path = Path("gameday.stop")
+
     # the sandbox's clocks, for what an experiment must outwait; "" on a real cluster
     clocks: str = ""
     repair_wait: Duration = 600  # node auto repair
@@ -93,6 +107,26 @@ class Settings(BaseSettings):
     notify: Notify = Notify()  # who is told; secrets by file or by the name of a variable
 
     objectives: dict[str, dict[str, float]] = {}  # [objectives.<experiment>] "during.success.at_least" = 0.95
+
+    @property
+    def thresholds(self) -> tuple[Threshold, ...]:
+        """`stop_when`, parsed."""
+        return tuple(Threshold.parse(one) for one in self.stop_when)
+
+    @field_validator("stop_when")
+    @classmethod
+    def _stop_when(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for one in value:
+            Threshold.parse(one)
+        return value
+
+    @field_validator("stop_alerts")
+    @classmethod
+    def _matchers(cls, value: str) -> str:
+        """Label matchers, so that nothing but a selector can be made of them."""
+        if value and not MATCHERS.fullmatch(value):
+            raise ValueError('write label matchers, as in severity="critical",team=~"a|b"')
+        return value
 
     @field_validator("target", "prometheus")
     @classmethod

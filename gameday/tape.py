@@ -5,7 +5,6 @@ Every part of an experiment writes here and looks here whether it is to stop. Th
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from typing import Any, Literal
 from gameday import clock, record
 from gameday.errors import RecordError
 from gameday.model import About, Event, FaultFacts, FaultMark, Note, Phase, PhaseMark, Reply, Sample, Step, Timeline
+from gameday.voice import Voice
+from reports.live import Progress
 
 Level = Literal["info", "warning", "inconclusive", "fail", "error"]
 
@@ -22,9 +23,9 @@ Level = Literal["info", "warning", "inconclusive", "fail", "error"]
 class Tape:
     """One experiment's events and samples, and its stop."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._guard = threading.Lock()
+    def __init__(self, say: Callable[[str], None], progress: Callable[[Progress], None] = lambda _: None) -> None:
+        self.voice = Voice(say, progress)
+        self._guard, self._stops = threading.Lock(), threading.Lock()
         self._recorder: record.Recorder | None = None
         self.events: list[Event] = []
         self.samples: list[Sample] = []
@@ -50,6 +51,7 @@ class Tape:
             recorder, self._recorder = self._recorder, None
         if recorder is not None:
             recorder.close()
+        self.voice.close()
 
     def emit(self, event: Event) -> None:
         """Record it. Never raises: a full disk must not keep us from healing; it makes the verdict ERROR."""
@@ -71,8 +73,7 @@ class Tape:
                 self.broken = self.broken or str(wrong)
 
     def say(self, line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a console that is gone (EPIPE, EIO, closed)
-            self._say(line)
+        self.voice.say(line)
 
     def note(self, level: Level, text: str) -> None:
         self.emit(Note(clock.now(), level, text))
@@ -92,14 +93,15 @@ class Tape:
 
     # ── the stop ────────────────────────────────────────────────────────────────────────────
 
-    def stop(self, level: Level, text: str) -> None:
+    def stop(self, level: Level, text: str, *, over: bool = False) -> None:
         """End what is going on: heal, and judge with this note. May be called from any thread.
 
-        The first reason counts, but an error is always noted.
+        The first reason counts, but an error is always noted. `over`: nor is anything wanted after the heal.
         """
-        first = not self.stopping.is_set()
-        self.breached = level == "fail" and (first or self.breached)
-        self.stopping.set()
+        with self._stops:
+            first = not self.stopping.is_set()
+            self.breached = level == "fail" and (first or self.breached) and not over
+            self.stopping.set()
         if first or level == "error":
             self.note(level, text)
 

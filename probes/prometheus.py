@@ -60,6 +60,19 @@ class Prometheus:
             return Sample(at, query, name, None, error=f"value is {value}", raw=raw)
         return Sample(at, query, name, value, raw=raw)
 
+    def firing(self, matchers: str, expected: tuple[str, ...] = ()) -> Sample:
+        """How many alerts with these label matchers fire, those named in `expected` aside; `raw` lists their names.
+
+        An alert that does not fire has no series, so that nothing counts as none only where Prometheus answers.
+        """
+        at, query = clock.now(), f'ALERTS{{alertstate="firing",{matchers}}}'
+        try:
+            found = self._connect.custom_query(query, timeout=TIMEOUT)
+            names = sorted({str(one["metric"].get("alertname", "?")) for one in found} - set(expected))
+        except (requests.RequestException, PrometheusApiClientException, KeyError, ValueError, TypeError) as wrong:
+            return Sample(at, query, "alerts", None, error=_short(wrong))
+        return Sample(at, query, "alerts", float(len(names)), raw=", ".join(names)[:RAW])
+
     def close(self) -> None:
         self._connect.close()
 

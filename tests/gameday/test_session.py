@@ -39,6 +39,8 @@ def session(tmp_path: Path, cluster: Any = None, *, say: Any = lambda _: None, *
         seed=7,
         sandbox=True,
         say=say,
+        progress=lambda _: None,
+        reproduce=str,
         prometheus=None,
     )
     return Session(arena, spec())
