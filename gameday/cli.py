@@ -85,20 +85,21 @@ def main() -> None:
 @click.option("--stack", type=click.Choice(["reference", "fragile", "none"]), default="reference", show_default=True)
 @click.option("--clocks", type=click.Choice(sorted(sandbox_options.CLOCKS)), help="[default: compressed]")
 @click.option("--bare", is_flag=True, help="the control plane only, on clocks bare: no nodes, stack or Prometheus")
+@click.option(
+    "--control-plane",
+    is_flag=False,
+    flag_value="",
+    metavar="[DIR]",
+    help="real etcd, kube-apiserver, kube-controller-manager and kube-scheduler from DIR [$KUBEBUILDER_ASSETS]",
+)
 @click.option("--api-port", type=click.IntRange(0, 65535), default=0, help="on 127.0.0.1; 0: any free one")
 @click.option("--prometheus-port", type=click.IntRange(0, 65535), default=0)
 @click.option("--target-port", type=click.IntRange(0, 65535), default=0)
 @one_sentence
-def up(stack: Any, clocks: str | None, bare: bool, api_port: int, prometheus_port: int, target_port: int) -> None:
+def up(clocks: str | None, bare: bool, **given: Any) -> None:
     """Start the sandbox and leave it running."""
-    wanted = sandbox_options.Options(
-        stack=stack,
-        clocks=sandbox_options.CLOCKS[clocks or ("bare" if bare else "compressed")],
-        bare=bare,
-        api_port=api_port,
-        prometheus_port=prometheus_port,
-        target_port=target_port,
-    )
+    chosen = sandbox_options.CLOCKS[clocks or ("bare" if bare else "compressed")]
+    wanted = sandbox_options.Options(clocks=chosen, bare=bare, **given)
     _show(sandbox_up.up(wanted, _say))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import importlib
 import secrets
@@ -19,12 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import uvloop
-import yaml
 
 from sandbox.apiserver import ApiServer, Identity, TlsFiles, make_tls
+from sandbox.kubeconfig import write_kubeconfig
 from sandbox.options import CLOCKS, REAL, Clocks
 
-CONTEXT = "gameday-sandbox"
 ADMIN = Identity("kubernetes-admin", ("system:masters",))
 
 
@@ -50,26 +48,6 @@ async def serve(
             await asyncio.Event().wait()
         all_controllers = importlib.import_module("sandbox.controllers")  # late: the API must not wait for them
         await all_controllers.run(server.direct(), clocks, root_ca=tls.ca.read_text())
-
-
-def write_kubeconfig(path: Path, url: str, ca: Path, token: str, namespace: str = "default") -> None:
-    """A kubeconfig (mode 0600) with the CA inlined."""
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": CONTEXT,
-        "clusters": [
-            {
-                "name": CONTEXT,
-                "cluster": {"server": url, "certificate-authority-data": base64.b64encode(ca.read_bytes()).decode()},
-            }
-        ],
-        "users": [{"name": CONTEXT, "user": {"token": token}}],
-        "contexts": [{"name": CONTEXT, "context": {"cluster": CONTEXT, "user": CONTEXT, "namespace": namespace}}],
-    }
-    path.touch(mode=0o600)
-    path.chmod(0o600)
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def _write_token(path: Path, token: str) -> None:

@@ -10,6 +10,7 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sandbox.apiserver import TlsFiles
 from sandbox.client import NODES, Api, EventType, Informer, Obj
 from sandbox.node import kernel_log
 from sandbox.node.agent import Machine
@@ -34,7 +35,7 @@ class Machines:
     zygote: ZygoteClient
     options: Options
     state: Path
-    ca: str
+    tls: TlsFiles
     tokens: dict[str, str]  # machine name → token
     group: Group | None  # the sandbox's control group
     _live: dict[str, Machine] = field(default_factory=dict)
@@ -57,7 +58,9 @@ class Machines:
         token = self.tokens.get(name, "")
         gpus = self.options.gpus_per_node
         group = self.group.child(name) if self.group else None
-        return Machine(name, self._index, zone, gpus, root, token, self.ca, self.options.clocks, group)
+        # A real API server speaks to kubelets in TLS only; our own need not pay for that.
+        serving = () if self.options.control_plane is None else (str(self.tls.cert), str(self.tls.key))
+        return Machine(name, self._index, zone, gpus, root, token, self.tls.ca_pem, self.options.clocks, group, serving)
 
     async def _boot(self, machine: Machine) -> None:
         place = Place(Path(machine.root))

@@ -93,6 +93,7 @@ class Options:
     nodes_per_zone: int = 2
     gpus_per_node: int = 2
     bare: bool = False  # control plane only: no nodes, stack, Prometheus
+    control_plane: str | None = None  # directory of the real one's binaries, "": $KUBEBUILDER_ASSETS; None: our own
     api_port: int = 0
     prometheus_port: int = 0
     target_port: int = 0

@@ -16,6 +16,7 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Coroutine, Sequence
@@ -28,22 +29,24 @@ import orjson
 import setproctitle
 import uvloop
 
-from sandbox import addons, deploy, prometheus
+from sandbox import addons, binaries, deploy, prometheus
 from sandbox.apiserver import Identity, TlsFiles, make_tls
 from sandbox.chaos import controller
 from sandbox.client import ApiError, HttpApi
-from sandbox.controlplane import ADMIN, serve, write_kubeconfig
+from sandbox.controlplane import ADMIN, serve
+from sandbox.kubeconfig import CONTEXT, write_kubeconfig
 from sandbox.machines import MOST_PER_ZONE, Machines, machine_name
 from sandbox.node import cgroups, linux, mounts, network
 from sandbox.node.cgroups import Group
 from sandbox.node.zygote import Spawn, StartError, Zygote, ZygoteClient, freeze, pair
 from sandbox.options import Clocks, Options
-from sandbox.up import CONTEXT, Running, SandboxError, clear, last_words, load
+from sandbox.up import Running, SandboxError, clear, last_words, load
 
 log = logging.getLogger(__name__)
 
 NAMESPACE, MODEL = "llm", "my-llama32"
 _STARTED_SECONDS = 20.0  # for the control plane to answer
+_REAL_STARTED_SECONDS = 60.0  # and for a real one, which takes 4 to 9 s on an idle machine
 # Loaded before the first fork, so that no process of the sandbox imports anything.
 _PRELOAD = (
     "sandbox.controllers",
@@ -279,7 +282,7 @@ class Supervisor:
             await controller.install_crds(api)
             await self._spawn_addons()
             group = self._control_group()
-            machines = Machines(self.zygote, self.options, self.state, self.tls.ca_pem, self.node_tokens, group)
+            machines = Machines(self.zygote, self.options, self.state, self.tls, self.node_tokens, group)
             names = await machines.boot_all()
         self._background(self._provide(machines))
         async with HttpApi(self.api_url, self.admin, self.tls.ca_pem, user_agent="gameday-supervisor") as api:
@@ -336,16 +339,27 @@ class Supervisor:
         await self._spawn(Spawn("prometheus", "prometheus", argv=command.argv, env=command.env, cwd=str(directory)))
 
     async def _start_control_plane(self) -> None:
-        tokens: dict[str, tuple[str, tuple[str, ...]]] = {self.admin: (ADMIN.user, ADMIN.groups)}
+        tokens = {self.admin: ADMIN}
         for zone in self.options.zones:
             for number in range(1, MOST_PER_ZONE + 1):
                 name = machine_name(zone, number)
                 token = self.node_tokens[name] = secrets.token_urlsafe(24)
                 # masters: the sandbox has no node authorizer that would let a kubelet read its pods' secrets
-                tokens[token] = (f"system:node:{name}", ("system:nodes", "system:masters"))
+                tokens[token] = Identity(f"system:node:{name}", ("system:nodes", "system:masters"))
+        if self.options.control_plane is None:
+            await self._start_own_plane(tokens)
+        else:
+            await self._start_binaries(self.options.control_plane, tokens)
+        write_kubeconfig(self.state / "kubeconfig", self.api_url, self.tls.ca, self.admin, NAMESPACE)
+        token_file = self.state / "token"
+        token_file.touch(mode=0o600)
+        token_file.write_text(self.admin + "\n")
+        self.say(f"API server at {self.api_url}")
+
+    async def _start_own_plane(self, tokens: dict[str, Identity]) -> None:
         config = {
             "tls": {name: str(getattr(self.tls, name)) for name in ("ca", "cert", "key")},
-            "tokens": tokens,
+            "tokens": {token: (who.user, who.groups) for token, who in tokens.items()},
             "clocks": asdict(self.options.clocks),
             "zones": self.options.zones,
         }
@@ -370,11 +384,40 @@ class Supervisor:
             raise SandboxError(f"the control plane did not answer within {_STARTED_SECONDS:.0f} s") from late
         finally:
             os.close(read)
-        write_kubeconfig(self.state / "kubeconfig", self.api_url, self.tls.ca, self.admin, NAMESPACE)
-        token_file = self.state / "token"
-        token_file.touch(mode=0o600)
-        token_file.write_text(self.admin + "\n")
-        self.say(f"API server at {self.api_url}")
+
+    async def _start_binaries(self, directory: str, tokens: dict[str, Identity]) -> None:
+        """The real control plane. A process of it that ends breaks this off: see `_essential`."""
+        try:
+            found = binaries.find(directory)
+        except binaries.Missing as missing:
+            raise SandboxError(str(missing)) from missing
+        env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.state / "plane")}
+        await self._spawn(Spawn("api relay", "api relay", call="sandbox.binaries:relay", env=env),
+                          keep=[self.sockets.api.fileno()])  # fmt: skip
+        etcd, apiserver, *others = binaries.prepare(found, self.state / "plane", self.tls, tokens, self.options.clocks)
+        for command in (etcd, apiserver):
+            await self._spawn(Spawn(command.name, command.name, argv=command.argv, env=env))
+        await self._answers(f"{self.api_url}/readyz", _REAL_STARTED_SECONDS)
+        for command in others:
+            await self._spawn(Spawn(command.name, command.name, argv=command.argv, env=env))
+
+    async def _answers(self, url: str, within: float) -> None:
+        """Wait until the API server says that it is ready."""
+        context = ssl.create_default_context(cadata=self.tls.ca_pem)
+        headers = {"Authorization": f"Bearer {self.admin}"}
+        said = "it did not answer"
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=3), headers=headers) as session:
+            deadline = time.monotonic() + within
+            while time.monotonic() < deadline:
+                try:
+                    async with session.get(url, ssl=context) as answer:
+                        if answer.status == 200:
+                            return
+                        said = f"it answered {answer.status}"
+                except (aiohttp.ClientError, OSError, TimeoutError) as early:
+                    said = str(early) or said
+                await asyncio.sleep(0.1)
+        raise SandboxError(f"the kube-apiserver was not ready within {within:.0f} s: {said}")
 
     async def _spawn_addons(self) -> None:
         assert self.sockets.target and self.sockets.prometheus, "not bare"

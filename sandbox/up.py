@@ -24,10 +24,10 @@ from typing import Any
 import orjson
 
 from sandbox import prometheus
+from sandbox.kubeconfig import CONTEXT as CONTEXT
 from sandbox.node import cgroups, linux
 from sandbox.options import CLOCKS, Clocks, Options, default_state_dir
 
-CONTEXT = "gameday-sandbox"
 _ROOT = Path(__file__).resolve().parent.parent
 _DOWN_SECONDS = 3.0  # for the supervisor to end by itself; then it is killed, which ends everything as well
 # What a sandbox writes to its state directory. Only these names are ever removed from there.
@@ -38,6 +38,7 @@ _OURS = (
     "lock",
     "logs",
     "nodes",
+    "plane",
     "prometheus",
     "sandbox.json",
     "server.crt",
@@ -155,6 +156,13 @@ def _check(options: Options) -> None:
         raise SandboxError("a sandbox has 1 to 60 nodes: choose nodes_per_zone and zones accordingly")
     if os.geteuid() != 0 and not _user_namespaces():
         raise SandboxError("the sandbox needs root, or user namespaces, which this machine refuses to ordinary users")
+    if options.control_plane is not None:
+        from sandbox import binaries  # noqa: PLC0415  (late: it needs half of the API server)
+
+        try:
+            binaries.find(options.control_plane)
+        except binaries.Missing as missing:
+            raise SandboxError(str(missing)) from missing
     if options.bare:
         return
     if shutil.which("nft", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:
@@ -273,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stack", choices=("reference", "fragile", "none"), default="reference")
     parser.add_argument("--clocks", choices=sorted(CLOCKS), default=None)
     parser.add_argument("--bare", action="store_true", help="the control plane alone")
+    parser.add_argument("--control-plane", nargs="?", const="", metavar="DIR", help="real binaries, not our own")
     args = parser.parse_args(argv)
     if args.what == "down":
         print("down" if down(args.state_dir) else "there was no sandbox")
@@ -282,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(orjson.dumps(running, option=orjson.OPT_INDENT_2).decode() if running else "there is no sandbox")
         return 0 if running else 1
     clocks = CLOCKS[args.clocks or ("bare" if args.bare else "compressed")]
-    options = replace(Options(), state_dir=args.state_dir, stack=args.stack, clocks=clocks, bare=args.bare)
+    chosen = {"stack": args.stack, "clocks": clocks, "bare": args.bare, "control_plane": args.control_plane}
+    options = replace(Options(), state_dir=args.state_dir, **chosen)
     try:
         running = up(options, lambda line: print(line, flush=True))
     except SandboxError as error:

@@ -82,6 +82,9 @@ class Event:
 class Core:
     def __init__(self, clocks: Clocks = COMPRESSED) -> None:
         self.clocks = clocks
+        self.kubelet_scheme = (
+            "http"  # or "https": certificates of kubelets are taken as they come, as the real one does
+        )
         self.store = Store()
         self.registry = Registry()
         self.custom = CustomTypes(self)

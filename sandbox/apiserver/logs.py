@@ -53,7 +53,7 @@ def kubelet(core: Core, node_name: str) -> str:
         raise ApiError(
             500, "InternalError", f'Internal error occurred: no preferred addresses found for node "{node_name}"'
         )
-    return f"http://{addresses['InternalIP']}:{port}"
+    return f"{core.kubelet_scheme}://{addresses['InternalIP']}:{port}"
 
 
 async def proxy(core: Core, request: web.BaseRequest, namespace: str, name: str) -> web.StreamResponse:
@@ -70,22 +70,29 @@ async def proxy(core: Core, request: web.BaseRequest, namespace: str, name: str)
     query = {key: value for key, value in request.query.items() if key != "container"}
     url = f"{kubelet(core, node)}/containerLogs/{namespace}/{name}/{chosen}"
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=3)
-    try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url, params=query) as answer:
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        try:
+            answer = await session.get(url, params=query, ssl=False)
+        except (aiohttp.ClientError, TimeoutError) as lost:
+            raise ApiError(500, "InternalError", f"Get {url!r}: {lost or 'no answer in time'}") from lost
+        async with answer:
             if answer.status >= 400:
                 text = (await answer.text()).strip()
                 reason = "BadRequest" if answer.status == 400 else "InternalError"
                 raise ApiError(answer.status, reason, text)
             return await _pass(request, answer)
-    except aiohttp.ClientConnectorError as lost:
-        raise ApiError(500, "InternalError", f"Get {url!r}: {lost}") from lost
 
 
 async def _pass(request: web.BaseRequest, answer: aiohttp.ClientResponse) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/plain"})
     response.enable_chunked_encoding()
     await response.prepare(request)
-    async for chunk in answer.content.iter_any():
-        await response.write(chunk)
+    try:
+        async for chunk in answer.content.iter_any():
+            await response.write(chunk)
+    except aiohttp.ClientError:  # the kubelet is gone: the client shall not take this for the log's end
+        if request.transport is not None:
+            request.transport.abort()
+        return response
     await response.write_eof()
     return response

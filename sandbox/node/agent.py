@@ -8,8 +8,9 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Machine:
     ca: str
     clocks: Clocks
     group: Group | None = None  # its control group; None: limits cannot be enforced
+    serving: Sequence[str] = ()  # certificate and key with which the kubelet serves TLS; (): without
 
     def dump(self) -> str:
         return orjson.dumps(self).decode()
@@ -314,7 +316,7 @@ class Agent:
         app.router.add_get("/exec/{namespace}/{pod}/{container}", self.container_exec)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
         await runner.setup()
-        await web.TCPSite(runner, self.address, KUBELET_PORT).start()
+        await web.TCPSite(runner, self.address, KUBELET_PORT, ssl_context=_serving(self.machine)).start()
         self.zygote.start()
         await self.register()
         pods = Informer(self.api, PODS, fields=f"spec.nodeName={self.name}", on_event=self.on_pod)
@@ -338,6 +340,14 @@ def _unsupported(spec: Obj) -> str:
     if spec.get("ephemeralContainers"):
         return "ephemeral containers"
     return ""
+
+
+def _serving(machine: Machine) -> ssl.SSLContext | None:
+    if not machine.serving:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*machine.serving)
+    return context
 
 
 def _deleted(obj: Obj) -> bool:

@@ -16,7 +16,7 @@ from aiohttp import web
 from apiserver_world import ADMIN, JANE, Cluster, pod, run
 from kubernetes import client, config, stream
 
-from sandbox.controlplane import write_kubeconfig
+from sandbox.kubeconfig import write_kubeconfig
 
 EXEC = "/api/v1/namespaces/default/pods/p/exec"
 FAILED = {"status": "Failure", "reason": "NonZeroExitCode", "message": "command terminated with exit code 3"}
