@@ -108,7 +108,10 @@ def _apply(cluster: Cluster, act: Apply, stop: threading.Event) -> str:
             return False
         last = seen
         if selected_nothing(last) and clock.now() - begun > SELECTS_WITHIN:
-            raise NotInjected("the selector selected nothing (Selected=False), which Chaos Mesh never retries")
+            raise NotInjected(
+                "the selector selected nothing (Selected=False), which Chaos Mesh never retries; where it filters "
+                "namespaces, annotate this one: chaos-mesh.org/inject=enabled"
+            )
         return injected(last, act.records)
 
     try:

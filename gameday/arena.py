@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gameday import settings as settings_
 from gameday.cluster import Cluster
-from gameday.errors import ClusterError, SandboxUnavailable
+from gameday.errors import ClusterError, SandboxUnavailable, SettingsError
 from gameday.run import Arena
 from gameday.settings import Settings
 from probes.prometheus import Prometheus
@@ -27,6 +28,9 @@ from sandbox import options as sandbox_options, up as sandbox_up
 from sandbox.up import SandboxError
 
 SANDBOX_CONTEXT = "gameday-sandbox"
+EXPLICIT = ("namespace", "allow_namespaces", "selector", "service", "target", "model", "prometheus")
+FILE_ONLY = ("allow_namespaces", "service", "model")  # no option sets them
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # What a rehearsal on compressed clocks can afford; everything is a setting and may be overridden (seconds).
 REHEARSAL = {"steady": 10.0, "hold": 8.0, "stop_after": 15.0, "heal_within": 30.0}
@@ -86,7 +90,9 @@ def open_arena(
     started: Path | None = None
     if name and name != SANDBOX_CONTEXT:
         found = settings_.load(options)
-        _refuse_unnamed(found, name)
+        check_named(found, name)
+        if urlsplit(found.target).hostname in LOOPBACK:
+            say(f"warning: {found.target} looks like a port-forward, which pins one pod: its loss will look total")
         is_sandbox = False
     else:
         state = sandbox_options.default_state_dir()
@@ -115,12 +121,16 @@ def _start(state: Path, wanted: Mapping[str, Any], say: Callable[[str], None]) -
         raise SandboxUnavailable(str(wrong)) from wrong
 
 
-def _refuse_unnamed(found: Settings, name: str) -> None:
-    if not found.dry_run:
-        raise ClusterError(
-            f"{name!r} is a real cluster, on which this version only rehearses the manifests: add --dry-run, "
-            "or leave the cluster out to run on the sandbox."
-        )
+def check_named(found: Settings, name: str) -> None:
+    """On a cluster of somebody's own nothing goes by default: what is hit, and what users speak to, is said."""
+    if found.expendable:
+        raise SettingsError(f"expendable is for the sandbox only, and {name!r} is a real cluster: remove it.")
+    for key in ("namespace", "selector") if found.dry_run else EXPLICIT:
+        if key not in found.model_fields_set:
+            raise SettingsError(
+                f"{name!r} is a real cluster, on which nothing goes by default: set {key} "
+                f"(gameday.toml, GAMEDAY_{key.upper()}{'' if key in FILE_ONLY else f', --{key}'})."
+            )
 
 
 def connect(found: Settings) -> Cluster:

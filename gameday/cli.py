@@ -6,16 +6,20 @@ import getpass
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from gameday import arena as arena_, halt, record, settings as settings_
-from gameday.errors import GamedayError, RecordError
+from gameday.errors import GamedayError, RecordError, SettingsError
 from gameday.judge import judge as judge_
 from gameday.ledger import heal as heal_
 from gameday.model import Verdict
@@ -65,7 +69,10 @@ def _settings(given: dict[str, Any]) -> settings_.Settings:
     """Settings for a command that acts on a cluster: the named one, else a sandbox that is up."""
     name = arena_.named(given)
     if name and name != arena_.SANDBOX_CONTEXT:
-        return settings_.load(given)
+        found = settings_.load(given)
+        if "namespace" not in found.model_fields_set:
+            raise SettingsError(f"{name!r} is a real cluster: say which namespace by --namespace.")
+        return found
     running = sandbox_up.find(sandbox_options.default_state_dir())
     if running is None:
         raise GamedayError("No cluster is named (--context NAME) and no sandbox is up (`gameday up`).")
@@ -144,10 +151,13 @@ def _show(running: sandbox_up.Running) -> None:
 
 @main.command()
 @cluster_options
+@click.option("--selector", help="labels of the engines")
+@click.option("--target", help="URL that users send requests to")
+@click.option("--prometheus", help="URL of Prometheus")
 @click.option("--json", "as_json", is_flag=True, help="machine-readable")
 @one_sentence
 def doctor(as_json: bool, **given: Any) -> None:
-    """Check everything that an experiment needs, and say what to do."""
+    """Check everything that an experiment needs, and say what to do. Exit code 1 when something is wrong."""
     found = _settings(given)
     cluster = arena_.connect(found)
     prometheus = Prometheus(found.prometheus, found.prometheus_token_file) if found.prometheus else None
@@ -155,13 +165,22 @@ def doctor(as_json: bool, **given: Any) -> None:
     if as_json:
         _say(json.dumps([asdict(check) for check in checks], indent=2))
     else:
-        for check in checks:
-            _say(_line(check))
+        _show_checks(checks)
     sys.exit(0 if all(check.ok for check in checks) else 1)
 
 
-def _line(check: Check) -> str:
-    return f"{'ok   ' if check.ok else 'WRONG'}  {check.name:<22} {check.detail}"
+def _show_checks(checks: Sequence[Check]) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("check", "", "finding", "what to do"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        table.add_row(
+            Text(check.name),
+            Text("ok", "green") if check.ok else Text("WRONG", "bold red"),
+            Text(check.detail),
+            Text("" if check.ok else check.todo),
+        )
+    Console(highlight=False, soft_wrap=False).print(table)
 
 
 @main.command()
@@ -188,11 +207,14 @@ def stop(reason: str, within: float, **given: Any) -> None:
 
 
 @main.command()
-@click.option("--namespace", default="llm", show_default=True)
+@click.option("--namespace", required=True, help="namespace under test")
+@click.option("--pods-only", is_flag=True, help="without the rights over nodes that zone and node faults need")
+@click.option("--chaos-namespace", default="", help="where Chaos Mesh runs: lets `gameday doctor` look at it")
+@click.option("--group", default="", help="bind to this group of users instead of a ServiceAccount")
 @one_sentence
-def rbac(namespace: str) -> None:
+def rbac(namespace: str, pods_only: bool, chaos_namespace: str, group: str) -> None:
     """Print the least rights that the harness needs, for `kubectl apply -f -`."""
-    _say(show_rbac(namespace))
+    _say(show_rbac(namespace, pods_only=pods_only, chaos_namespace=chaos_namespace, group=group))
 
 
 # ── run directories ─────────────────────────────────────────────────────────────────────────────

@@ -302,11 +302,10 @@ class Cluster:
         eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata}
         self.call("POST", PODS.path(namespace, pod, "eviction"), body=eviction)
 
-    def can(self, verb: str, kind: Kind, namespace: str | None = None, sub: str = "") -> bool:
+    def can(self, verb: str, kind: Kind, namespace: str | None = None, sub: str = "", name: str = "") -> bool:
         """Whether we may, by SelfSubjectAccessReview."""
         attributes = {"verb": verb, "group": kind.group, "resource": kind.plural, "namespace": namespace or ""}
-        if sub:
-            attributes["subresource"] = sub
+        attributes |= {key: value for key, value in (("subresource", sub), ("name", name)) if value}
         review = {
             "apiVersion": REVIEWS.api_version,
             "kind": REVIEWS.kind,

@@ -21,9 +21,9 @@ from faults import Fault, Zone
 from faults.act import manifests
 from gameday import arena as arena_, settings as settings_
 from gameday.errors import GamedayError, MissingCapability, TargetError
-from gameday.kinds import BY_KIND
 from gameday.model import Counts, Finding, Judgement, Verdict
 from gameday.objectives import Objective, Objectives
+from gameday.preflight import Preflight
 from gameday.run import Arena, Session, Spec
 from gameday.toolkit import execute
 from gameday.trials import pool
@@ -194,7 +194,7 @@ def dry_run(arena: Arena, spec: Spec) -> None:
     arena.say(f"dry run: {plan.facts.title}")
     for _, manifest in manifests(plan.acts):
         arena.say("---\n" + yaml.safe_dump(manifest, sort_keys=False))
-        arena.cluster.create(BY_KIND[manifest["kind"]], manifest, dry_run=True)
+    Preflight(arena.cluster, arena.prometheus, arena.settings).demand_for(plan)
     for entry in plan.undos:
         arena.say(f"undo: {entry.command()}")
 

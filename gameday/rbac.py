@@ -1,13 +1,20 @@
-"""The rights that the harness needs, in one table: what `gameday rbac` prints and what the preflight asks for."""
+"""The rights that the harness needs, in one table: what `gameday rbac` prints and what the preflight asks for.
+
+Least privilege: everything is a Role in the namespace under test, but for what has no namespace (nodes), what
+Kubernetes keeps in `default` (Events about nodes, and the one place for a cluster-wide Lease), and, if named, a look
+at Chaos Mesh's controller. Rights with `only_for="nodes"` are for zone and node faults; `--pods-only` leaves them out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import yaml
 
 from gameday.cluster import Obj
+from gameday.errors import SettingsError
 from gameday.kinds import (
     CONFIGMAPS,
     DEPLOYMENTS,
@@ -15,6 +22,7 @@ from gameday.kinds import (
     EVENTS,
     JOBS,
     LEASES,
+    NAMESPACES,
     NETWORKCHAOS,
     NODES,
     PODCHAOS,
@@ -23,73 +31,110 @@ from gameday.kinds import (
     Kind,
 )
 
-WRITE = ("get", "list", "watch", "create", "patch", "delete")
+READ = ("get", "list", "watch")
+WRITE = (*READ, "create", "patch", "delete")
 NAME = "gameday"
+CONTROLLER = "chaos-controller-manager"  # the Deployment of Chaos Mesh's chart
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
 class Right:
     kind: Kind
     verbs: tuple[str, ...]
-    where: str  # "target": the namespace under test; "default"; "cluster"
+    where: str  # "target": the namespace under test; "default"; "cluster"; "chaos": where Chaos Mesh runs
     why: str
     sub: str = ""
+    name: str = ""  # of one object alone
+    only_for: str = ""  # "nodes": zone and node faults
+
+    @property
+    def resource(self) -> str:
+        return self.kind.plural + (f"/{self.sub}" if self.sub else "")
 
 
 RIGHTS: tuple[Right, ...] = (
+    Right(NAMESPACES, ("get",), "target", "does it exist, may chaos be injected into it"),
     Right(PODS, WRITE, "target", "see the targets, run probers"),
     Right(PODS, ("get",), "target", "read the probers' logs", sub="log"),
     Right(CONFIGMAPS, WRITE, "target", "the ledger of undos"),
     Right(LEASES, (*WRITE, "update"), "target", "the lock"),
-    Right(EVENTS, ("get", "list", "watch"), "target", "the record"),
-    Right(ENDPOINTSLICES, ("get", "list", "watch"), "target", "who is in rotation"),
+    Right(EVENTS, READ, "target", "the record"),
+    Right(ENDPOINTSLICES, READ, "target", "who is in rotation"),
     Right(DEPLOYMENTS, ("get", "list", "patch"), "target", "the rollout restart that rebalances after a zone outage"),
     Right(JOBS, WRITE, "target", "the Job that writes a kernel-log line"),
-    Right(PODCHAOS, WRITE, "target", "pod faults"),
+    Right(PODCHAOS, WRITE, "target", "pod faults (Chaos Mesh's webhook asks for create as well)"),
     Right(NETWORKCHAOS, WRITE, "target", "partitions"),
-    Right(STRESSCHAOS, ("get", "list", "watch", "delete"), "target", "look for leftovers"),
-    Right(LEASES, (*WRITE, "update"), "default", "the cluster-wide lock of node and zone faults"),
-    Right(EVENTS, ("get", "list", "watch"), "default", "what detectors report about nodes"),
-    Right(NODES, ("get", "list", "watch", "patch"), "cluster", "zones, cordons"),
-    Right(NODES, ("get", "patch"), "cluster", "GPUs out of allocatable", sub="status"),
+    Right(STRESSCHAOS, (*READ, "delete"), "target", "look for leftovers"),
+    Right(EVENTS, READ, "default", "what detectors report about nodes"),
+    Right(LEASES, (*WRITE, "update"), "default", "the cluster-wide lock of node and zone faults", only_for="nodes"),
+    Right(DEPLOYMENTS, ("get",), "chaos", "its version and how it is installed", name=CONTROLLER),
+    Right(NODES, READ, "cluster", "zones, who is ready"),
+    Right(NODES, ("patch",), "cluster", "cordons", only_for="nodes"),
+    Right(NODES, ("get", "patch"), "cluster", "GPUs out of allocatable", sub="status", only_for="nodes"),
 )
 
 
-def _rules(rights: Sequence[Right]) -> list[Obj]:
-    return [
-        {
-            "apiGroups": [right.kind.group],
-            "resources": [right.kind.plural + (f"/{right.sub}" if right.sub else "")],
-            "verbs": list(right.verbs),
-        }
-        for right in rights
-    ]
+def place(right: Right, namespace: str, chaos_namespace: str = "") -> str | None:
+    """The namespace in which a right is needed; None for the whole cluster."""
+    return {"target": namespace, "default": "default", "chaos": chaos_namespace, "cluster": None}[right.where]
 
 
-def manifests(namespace: str) -> list[Obj]:
-    """Role and ClusterRole with their bindings for a ServiceAccount `gameday` in `namespace`."""
+def _rule(right: Right) -> Obj:
+    rule: Obj = {"apiGroups": [right.kind.group], "resources": [right.resource], "verbs": list(right.verbs)}
+    return rule | ({"resourceNames": [right.name]} if right.name else {})
+
+
+def manifests(
+    namespace: str, *, pods_only: bool = False, chaos_namespace: str = "", group: str = ""
+) -> Iterator[tuple[tuple[Right, ...], Obj]]:
+    """(the rights in it, manifest) for each: Roles and a ClusterRole with their bindings.
+
+    They are bound to a ServiceAccount `gameday` in `namespace`, or to `group` (people who come by a kubeconfig).
+    """
     api = "rbac.authorization.k8s.io/v1"
-    subject = {"kind": "ServiceAccount", "name": NAME, "namespace": namespace}
-    found: list[Obj] = [
-        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": NAME, "namespace": namespace}}
+    subject: Obj = {"kind": "ServiceAccount", "name": NAME, "namespace": namespace}
+    if group:
+        subject = {"kind": "Group", "apiGroup": "rbac.authorization.k8s.io", "name": group}
+    else:
+        metadata: Obj = {"name": NAME, "namespace": namespace}
+        yield (), {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata}
+    wanted = [
+        right for right in RIGHTS if not (pods_only and right.only_for) and (right.where != "chaos" or chaos_namespace)
     ]
-    for where, kind in ((namespace, "Role"), ("default", "Role"), ("", "ClusterRole")):
-        place = "cluster" if not where else "target" if where == namespace else "default"
-        metadata = {"name": NAME} | ({"namespace": where} if where else {})
-        rules = _rules([right for right in RIGHTS if right.where == place])
-        found.append({"apiVersion": api, "kind": kind, "metadata": metadata, "rules": rules})
-        found.append(
+    places = list(dict.fromkeys(place(right, namespace, chaos_namespace) for right in wanted))
+    for where in places:
+        here = tuple(right for right in wanted if place(right, namespace, chaos_namespace) == where)
+        kind = "Role" if where is not None else "ClusterRole"
+        # Two installations that test two namespaces must not overwrite each other's role in a shared place.
+        metadata = {"name": NAME if where == namespace else f"{NAME}-{namespace}"}
+        metadata |= {"namespace": where} if where is not None else {}
+        yield here, {"apiVersion": api, "kind": kind, "metadata": metadata, "rules": [_rule(right) for right in here]}
+        yield (
+            (),
             {
                 "apiVersion": api,
                 "kind": f"{kind}Binding",
                 "metadata": dict(metadata),
-                "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": NAME},
+                "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": metadata["name"]},
                 "subjects": [subject],
-            }
+            },
         )
-    return found
 
 
-def show(namespace: str) -> str:
-    """The manifests as one YAML stream, to be piped into `kubectl apply -f -`."""
-    return yaml.safe_dump_all(manifests(namespace), sort_keys=False)
+def show(namespace: str, *, pods_only: bool = False, chaos_namespace: str = "", group: str = "") -> str:
+    """The manifests as one YAML stream, to be piped into `kubectl apply -f -`; each rule with its reason."""
+    for name in (namespace, chaos_namespace):
+        if name and not _LABEL.fullmatch(name):
+            raise SettingsError(f"{name!r} cannot be a namespace: small letters, digits and hyphens, 63 at most.")
+    parts = []
+    for rights, obj in manifests(namespace, pods_only=pods_only, chaos_namespace=chaos_namespace, group=group):
+        why = "".join(f"# {right.resource}: {', '.join(right.verbs)}: {right.why}\n" for right in rights)
+        parts.append(why + yaml.safe_dump(obj, sort_keys=False))
+    return "---\n".join(parts)
+
+
+def missing(names: Sequence[tuple[str, Right, str | None]]) -> str:
+    """`verb resource in namespace`, the first four."""
+    told = [f"{verb} {right.resource}" + (f" in {where}" if where else "") for verb, right, where in names]
+    return ", ".join(told[:4]) + (f" and {len(told) - 4} more" if len(told) > 4 else "")

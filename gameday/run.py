@@ -22,7 +22,7 @@ from faults.base import EXPIRES, MANAGED, RUN, Apply, Job, Plan, Undo, View
 from gameday import clock, finish, halt, record
 from gameday.clock import Epoch, Instant
 from gameday.effects import Effects
-from gameday.errors import ClusterError, GamedayError, MissingCapability, RecordError
+from gameday.errors import ClusterError, GamedayError, RecordError
 from gameday.flow import DRAIN, RECENT, Flow
 from gameday.guard import Guard
 from gameday.halt import Ear
@@ -33,7 +33,7 @@ from gameday.ledger import Ledger
 from gameday.lock import Lock
 from gameday.model import About, Judgement, Phase, PhaseMark, Step
 from gameday.objectives import override
-from gameday.preflight import CHAOS, Preflight
+from gameday.preflight import Preflight
 from gameday.spec import WARM_UP, Arena as Arena, Spec as Spec, labels_of
 from gameday.tape import Level, Tape
 from gameday.units import show_duration
@@ -117,10 +117,11 @@ class Session:
         self.check_spec()
         halt.refuse_file(self._settings.stop_file)
         self.tape.open(self.dir)
-        Preflight(self._cluster, self._arena.prometheus, self._settings).demand()
+        preflight = Preflight(self._cluster, self._arena.prometheus, self._settings)
+        preflight.demand()
         view = self.view()
         self._plan = plan = self.spec.fault.plan(view)
-        self._demand(plan.needs)
+        preflight.demand_for(plan)
         self._write_run()
         expected = self.spec.expected(self._settings)
         self.tape.say(f"{plan.facts.title} · expected to take up to {show_duration(round(expected))}")
@@ -187,10 +188,6 @@ class Session:
             allow_node_replacement=settings.allow_node_replacement,
             sandbox=self._arena.sandbox,
         )
-
-    def _demand(self, needs: tuple[str, ...]) -> None:
-        if missing := set(needs) - self._cluster.served(CHAOS):
-            raise MissingCapability("chaos-mesh", f"This fault needs {', '.join(sorted(missing))}, not served here.")
 
     def _write_run(self) -> None:
         settings, arena = self._settings, self._arena

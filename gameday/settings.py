@@ -65,6 +65,7 @@ class Settings(BaseSettings):
     served_via: str = "x-gateway"  # … the gateway pod in front of it
     api_key_file: Path | None = None
     zone: str | None = None
+    chaos_namespace: str = ""  # where Chaos Mesh runs; "": its installation is not looked at
 
     # Prometheus
     prometheus: str = ""

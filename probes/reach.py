@@ -33,7 +33,8 @@ SCRIPT = r"""
 import json, select, signal, socket, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as PID 1 there is no default
 targets, every, patience, lasts = json.loads(sys.argv[1]), *map(float, sys.argv[2:5])
-listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+family = socket.AF_INET6 if ":" in sys.argv[6] else socket.AF_INET
+listener = socket.socket(family, socket.SOCK_STREAM)
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 listener.bind(("", int(sys.argv[5]))); listener.listen(64); listener.setblocking(False)
 end, number = time.monotonic() + lasts, 0
@@ -43,7 +44,7 @@ while time.monotonic() < end:
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     for index, (host, port) in enumerate(targets):
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
         up[index] = "0"
         try:
@@ -145,7 +146,10 @@ class Reach:
         known: list[Target] = []
         for name, zone in sorted(self._view.probers, key=lambda one: (one[1] != plan.cuts, one)):
             targets = (*self._targets(plan.facts.pods), *known)
-            pod = self._manifest(name, zone, targets, plan.avoid)
+            addresses = tuple((target.ip, target.port) for target in targets)
+            pod = prober(
+                self._view.namespace, name, self._view.labels, self._image, self._lasts, zone, addresses, plan.avoid
+            )
             on_created(pod)
             self._cluster.create(PODS, pod)
             self._tracks[zone] = _Track(zone, targets)
@@ -180,43 +184,6 @@ class Reach:
         pods = sorted(self._view.pods, key=order)
         usable = [pod for pod in pods if pod.ready and pod.ip and pod.ports and not pod.host_network]
         return tuple(Target(pod.key, pod.zone, pod.ip, pod.ports[0]) for pod in usable[:MAX_TARGETS])
-
-    def _manifest(self, name: str, zone: str, targets: tuple[Target, ...], avoid: tuple[str, ...]) -> Obj:
-        # A sidecar would take every connection itself, and nothing would ever fail.
-        labels = dict(self._view.labels) | {ROLE: "prober", "sidecar.istio.io/inject": "false"}
-        metadata = {"name": name, "namespace": self._view.namespace, "labels": labels}
-        addresses = json.dumps([[target.ip, target.port] for target in targets])
-        numbers = [str(EVERY), str(PATIENCE), str(self._lasts), str(PORT)]
-        selector = {"nodeSelector": {"topology.kubernetes.io/zone": zone}} if zone else {}
-        return {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": metadata,
-            "spec": {
-                **selector,
-                **_elsewhere(avoid),
-                "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],  # where the engines are
-                "restartPolicy": "Never",
-                "activeDeadlineSeconds": int(self._lasts) + 30,  # its own end, should nobody come back for it
-                "terminationGracePeriodSeconds": 1,
-                "automountServiceAccountToken": False,
-                "containers": [
-                    {
-                        "name": "prober",
-                        "image": self._image,
-                        "command": ["python3", "-u", "-c", SCRIPT, addresses, *numbers],
-                        "resources": {"requests": {"cpu": "20m", "memory": "32Mi"}, "limits": {"memory": "64Mi"}},
-                        "securityContext": {
-                            "allowPrivilegeEscalation": False,
-                            "runAsNonRoot": True,
-                            "runAsUser": 65534,
-                            "capabilities": {"drop": ["ALL"]},
-                            "seccompProfile": {"type": "RuntimeDefault"},
-                        },
-                    }
-                ],
-            },
-        }
 
     def _wait(self, name: str, within: float) -> str:
         found: Obj = {}
@@ -309,6 +276,62 @@ class Reach:
                     # Of a zone that is cut off, only the others' view of each other is a control.
                     work.append(pair)
         return _Pairs(tuple(fail), tuple(work))
+
+
+def prober(
+    namespace: str,
+    name: str,
+    labels: Mapping[str, str],
+    image: str,
+    lasts: float,
+    zone: str = "",
+    addresses: tuple[tuple[str, int], ...] = (),
+    avoid: tuple[str, ...] = (),
+) -> Obj:
+    """The manifest of one prober: fits Pod Security `restricted`, and quotas that ask for requests and limits."""
+    # A sidecar would take every connection itself, and nothing would ever fail.
+    labels = dict(labels) | {ROLE: "prober", "sidecar.istio.io/inject": "false"}
+    numbers = [str(EVERY), str(PATIENCE), str(lasts), str(PORT)]
+    selector = {"nodeSelector": {"topology.kubernetes.io/zone": zone}} if zone else {}
+    address = {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}  # its family is ours
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "labels": labels,
+            "annotations": {"linkerd.io/inject": "disabled"},
+        },
+        "spec": {
+            **selector,
+            **_elsewhere(avoid),
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],  # where the engines are
+            "restartPolicy": "Never",
+            "activeDeadlineSeconds": int(lasts) + 30,  # its own end, should nobody come back for it
+            "terminationGracePeriodSeconds": 1,
+            "automountServiceAccountToken": False,
+            "containers": [
+                {
+                    "name": "prober",
+                    "image": image,
+                    "env": [address],
+                    "command": ["python3", "-u", "-c", SCRIPT, json.dumps(addresses), *numbers, "$(POD_IP)"],
+                    "resources": {
+                        "requests": {"cpu": "20m", "memory": "32Mi"},
+                        "limits": {"cpu": "500m", "memory": "64Mi"},
+                    },
+                    "securityContext": {
+                        "allowPrivilegeEscalation": False,
+                        "runAsNonRoot": True,
+                        "runAsUser": 65534,
+                        "capabilities": {"drop": ["ALL"]},
+                        "seccompProfile": {"type": "RuntimeDefault"},
+                    },
+                }
+            ],
+        },
+    }
 
 
 def _elsewhere(avoid: tuple[str, ...]) -> Obj:
