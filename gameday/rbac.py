@@ -135,6 +135,12 @@ def show(namespace: str, *, pods_only: bool = False, chaos_namespace: str = "", 
 
 
 def missing(names: Sequence[tuple[str, Right, str | None]]) -> str:
-    """`verb resource in namespace`, the first four."""
-    told = [f"{verb} {right.resource}" + (f" in {where}" if where else "") for verb, right, where in names]
-    return ", ".join(told[:4]) + (f" and {len(told) - 4} more" if len(told) > 4 else "")
+    """`verb, verb resource in namespace; …`: each resource once."""
+    verbs: dict[tuple[str, str | None], list[str]] = {}
+    for verb, right, where in names:
+        verbs.setdefault((right.resource, where), []).append(verb)
+    told = [
+        f"{', '.join(dict.fromkeys(found))} {what}" + (f" in {where}" if where else "")
+        for (what, where), found in verbs.items()
+    ]
+    return "; ".join(told[:6]) + (f"; and {len(told) - 6} more" if len(told) > 6 else "")

@@ -141,6 +141,8 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r} is not a URL ({wrong})") from wrong
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{value!r} is not a URL: write http://HOST:PORT or https://HOST:PORT")
+        if parts.username or parts.password:
+            raise ValueError("a URL must not hold a password, which would be recorded: use api_key_file or a token file")
         return value.rstrip("/")
 
     @classmethod
