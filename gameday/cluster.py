@@ -22,9 +22,10 @@ import urllib3
 from kubernetes.client.exceptions import ApiException
 
 from gameday import clock
+from gameday.censor import censored
 from gameday.errors import ClusterError
 from gameday.kinds import NODES, PODS, REVIEWS, Kind
-from gameday.login import Login, censored, kubeconfig as kubeconfig_
+from gameday.login import Login, kubeconfig as kubeconfig_
 
 Obj = dict[str, Any]
 Objs = list[Obj]

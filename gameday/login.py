@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,17 +22,10 @@ import yaml
 from kubernetes import client as k8s, config as k8s_config
 
 from gameday import clock
+from gameday.censor import censored
 from gameday.errors import ClusterError
 
 RENEW_AFTER = 1.0  # seconds between two loads of credentials: a plugin may open a browser
-_SECRET = re.compile(
-    r"(?i)(bearer\s+|token[\"']?\s*[:=]\s*[\"']?)[A-Za-z0-9._~+/=-]{8,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)"
-)
-
-
-def censored(text: str) -> str:
-    """The text without bearer tokens and without passwords in URLs."""
-    return _SECRET.sub(lambda found: (found[1] or "") + "***", text)
 
 
 class Login:

@@ -23,6 +23,7 @@ from pydantic_settings import (
 )
 from pydantic_settings.exceptions import SettingsError as EnvironmentUnreadable
 
+from gameday.censor import censored
 from gameday.conditions import Threshold
 from gameday.errors import SettingsError
 from reports.notify import Notify
@@ -142,7 +143,9 @@ class Settings(BaseSettings):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{value!r} is not a URL: write http://HOST:PORT or https://HOST:PORT")
         if parts.username or parts.password:
-            raise ValueError("a URL must not hold a password, which would be recorded: use api_key_file or a token file")
+            raise ValueError(
+                "a URL must not hold a password, which would be recorded: use api_key_file or a token file"
+            )
         return value.rstrip("/")
 
     @classmethod
@@ -222,4 +225,4 @@ def _explain(wrong: ValidationError, path: Path, written: Mapping[str, Any], giv
     )
     if first["type"] == "extra_forbidden":
         return f"{place}: there is no setting {key!r}; the settings are listed in gameday.toml of the project."
-    return f"{place}: {key} = {first['input']!r} is wrong: {first['msg'].removeprefix('Value error, ')}."
+    return f"{place}: {key} = {censored(repr(first['input']))} is wrong: {first['msg'].removeprefix('Value error, ')}."

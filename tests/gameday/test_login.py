@@ -19,10 +19,10 @@ import yaml
 from kubernetes.config import incluster_config
 
 from gameday import clock
+from gameday.censor import censored
 from gameday.cluster import Cluster, Refused, Unreachable, Watched
 from gameday.errors import ClusterError
 from gameday.kinds import CONFIGMAPS, PODS, SERVICEACCOUNTS
-from gameday.login import censored
 
 SECRET = "planted-token-5f2e9c"
 

@@ -62,6 +62,15 @@ def test_mistakes_in_the_file_are_told_with_the_file(elsewhere: Path, text: str,
     assert "gameday.toml" in str(wrong.value) and "\n" not in str(wrong.value)
 
 
+@pytest.mark.parametrize("key", ["target", "prometheus"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(elsewhere: Path, key: str) -> None:
+    """It would be recorded in run.json, and shown in every report."""
+    (elsewhere / "gameday.toml").write_text(f'{key} = "https://alice:hunter2hunter2@llm.example.com"')
+    with pytest.raises(SettingsError, match=f"{key} = .*must not hold a password") as told:
+        load({})
+    assert "hunter2" not in str(told.value)
+
+
 def test_mistyped_variables_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GAMEDAY_NAMESPASE", "x")
     with pytest.raises(SettingsError, match="GAMEDAY_NAMESPASE"):
