@@ -13,6 +13,8 @@ import yaml
 
 from sandbox import client
 from sandbox.client import DAEMONSETS, DEPLOYMENTS, NODES, PODS, Api, ApiError, Kind, Obj
+from sandbox.node.network import API_PORT, DNS_ADDRESS, DNS_PORT, GATEWAY
+from sandbox.node.resolver import CLUSTER_DNS
 from sandbox.up import SandboxError, last_words
 
 STACKS = Path(__file__).resolve().parent / "stack"
@@ -55,6 +57,40 @@ async def apply(api: Api, document: Obj) -> None:
             await api.patch(kind, meta["name"], document, namespace)
     except ApiError as refused:
         raise SandboxError(f"the API refuses {kind.kind} {meta['name']}: {refused}") from refused
+
+
+async def cluster_services(api: Api) -> None:
+    """What every cluster has beside its API: where the API server is, and the Service of the cluster's DNS."""
+    api_port = {"name": "https", "port": API_PORT, "protocol": "TCP"}
+    await _endpoints(api, "default", "kubernetes", GATEWAY, [api_port])
+    ports: list[Obj] = [
+        {"name": "dns", "port": 53, "protocol": "UDP"},
+        {"name": "dns-tcp", "port": 53, "protocol": "TCP"},
+    ]
+    service: Obj = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "kube-dns", "namespace": "kube-system", "labels": {"k8s-app": "kube-dns"}},
+        "spec": {"clusterIP": CLUSTER_DNS, "ports": ports},
+    }
+    await apply(api, service)
+    await _endpoints(api, "kube-system", "kube-dns", DNS_ADDRESS, [{**port, "port": DNS_PORT} for port in ports])
+
+
+async def _endpoints(api: Api, namespace: str, service: str, address: str, ports: Sequence[Obj]) -> None:
+    slice_: Obj = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": service, "namespace": namespace, "labels": {"kubernetes.io/service-name": service}},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [address], "conditions": {"ready": True}}],
+        "ports": list(ports),
+    }
+    try:
+        await api.create(client.ENDPOINTSLICES, slice_, namespace)
+    except ApiError as there:  # a real API server tells of itself
+        if not there.conflict:
+            raise
 
 
 async def stack(api: Api, name: str) -> None:

@@ -21,6 +21,7 @@ from sandbox.options import Options
 
 log = logging.getLogger(__name__)
 
+_DEAF_SECONDS = 0.5  # less than a machine takes to boot
 MOST_PER_ZONE = 60  # machine names for which identities are made in advance
 
 
@@ -89,6 +90,12 @@ class Machines:
         if machine.name in self._live:
             log.warning("machine %s is down (%d); it stays so until its Node is deleted", machine.name, code)
 
+    def _crash(self, machine: Machine) -> None:
+        """Kernel, kubelet and pods end at the same instant, without a word on the network."""
+        self.zygote.kill(machine.name, signal.SIGPWR)
+        # A machine that does not even hear that has been stopped, or has not begun: it ends all the same.
+        asyncio.get_running_loop().call_later(_DEAF_SECONDS, self.zygote.kill, machine.name, signal.SIGKILL)
+
     async def run(self, api: Api) -> None:
         """Follow the Node objects until cancelled."""
         await Informer(api, NODES, on_event=self._on_node).run()
@@ -100,7 +107,7 @@ class Machines:
 
     async def _replace(self, machine: Machine) -> None:
         del self._live[machine.name]
-        self.zygote.kill(machine.name, signal.SIGKILL)
+        self._crash(machine)
         await self.zygote.exited(machine.name)
         self.zygote.forget(machine.name)
         if machine.group:

@@ -280,6 +280,7 @@ class Supervisor:
             if self.options.bare:
                 return
             await controller.install_crds(api)
+            await deploy.cluster_services(api)
             await self._spawn_addons()
             group = self._control_group()
             machines = Machines(self.zygote, self.options, self.state, self.tls, self.node_tokens, group)

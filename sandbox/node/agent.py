@@ -22,11 +22,11 @@ from aiohttp import web
 
 from sandbox.chaos import daemon
 from sandbox.client import LEASES, NODES, PODS, ApiError, EventType, HttpApi, Informer, Obj
-from sandbox.node import exec as exec_, images, kernel_log, logs, network, node_status
+from sandbox.node import exec as exec_, images, kernel_log, logs, network, node_status, services
 from sandbox.node.cgroups import Group
 from sandbox.node.container import Container
 from sandbox.node.events import Recorder
-from sandbox.node.network import API_PORT, API_URL, GATEWAY, KUBELET_PORT, PodNetworks
+from sandbox.node.network import API_URL, KUBELET_PORT, PodNetworks
 from sandbox.node.pod import GPU, Pod
 from sandbox.node.probes import Outcome
 from sandbox.node.status import now
@@ -37,6 +37,7 @@ from sandbox.options import Clocks
 log = logging.getLogger(__name__)
 
 _LEASE_NAMESPACE = "kube-node-lease"
+_SERVICES_SECONDS = 5.0  # that pods wait for Services to be translated
 _RETRY = 0.3  # seconds between tries to reach the API
 
 
@@ -102,14 +103,13 @@ class Agent:
         self.address = network.node_address(machine.index)
         self.images = images.load()
         self.pulled: set[str] = set()
-        self.networks = PodNetworks(machine.index)
+        self.networks = PodNetworks(machine.index, self.place.root / "addresses")
         self.recorder = Recorder(api, machine.name)
         self.gpus = Gpus(node_status.gpu_uuids(machine.name, machine.gpus))
         self.env = {
-            "KUBERNETES_SERVICE_HOST": GATEWAY,
-            "KUBERNETES_SERVICE_PORT": str(API_PORT),
             "GAMEDAY_MODEL_LOAD_SECONDS": f"{machine.clocks.model_load:g}",
         }
+        self.proxy = services.Proxy(api)
         self._pods: dict[str, Pod] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -310,7 +310,6 @@ class Agent:
 
     async def run(self) -> None:
         """Until cancelled, or until the machine's first process is gone."""
-        network.add_node_address(self.machine.index)
         app = web.Application()
         app.router.add_get("/containerLogs/{namespace}/{pod}/{container}", self.container_log)
         app.router.add_get("/exec/{namespace}/{pod}/{container}", self.container_exec)
@@ -319,6 +318,10 @@ class Agent:
         await web.TCPSite(runner, self.address, KUBELET_PORT, ssl_context=_serving(self.machine)).start()
         self.zygote.start()
         await self.register()
+        self._spawn(self.proxy.run())
+        with contextlib.suppress(TimeoutError):  # what hinders it is logged, again and again
+            async with asyncio.timeout(_SERVICES_SECONDS):
+                await self.proxy.synced.wait()
         pods = Informer(self.api, PODS, fields=f"spec.nodeName={self.name}", on_event=self.on_pod)
         self._spawn(pods.run())
         self._spawn(self.recorder.run())

@@ -16,12 +16,14 @@ import struct
 from types import TracebackType
 
 _NLMSG_ERROR = 2
-_NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _NEWROUTE = 16, 17, 20, 21, 24
-_REQUEST, _ACK, _EXCL, _CREATE = 0x1, 0x4, 0x200, 0x400
+_NEWLINK, _DELLINK, _NEWADDR, _NEWROUTE, _NEWNEIGH = 16, 17, 20, 24, 28
+_REQUEST, _ACK, _REPLACE, _EXCL, _CREATE = 0x1, 0x4, 0x100, 0x200, 0x400
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 1, 3, 10, 18, 28
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_RTA_GATEWAY = 5
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PREFSRC = 1, 4, 5, 7
+_SCOPE_UNIVERSE, _SCOPE_LINK = 0, 253
+_NDA_DST, _NDA_LLADDR, _NUD_PERMANENT = 1, 2, 0x80
 _IFF_UP = 1
 _NLA_NESTED = 0x8000
 
@@ -74,22 +76,31 @@ class Netlink:
     def up(self, name: str) -> None:
         self._ask(_NEWLINK, _link(socket.if_nametoindex(name), up=True))
 
-    def bridge(self, name: str) -> None:
-        info = _attr(_IFLA_LINKINFO, _attr(_INFO_KIND, b"bridge"))
-        self._ask(_NEWLINK, _link() + _name(name) + info, _CREATE | _EXCL)
+    def down(self, name: str) -> None:
+        self._ask(_NEWLINK, struct.pack("=BxHiII", socket.AF_UNSPEC, 0, socket.if_nametoindex(name), 0, _IFF_UP))
 
-    def veth(self, name: str, master: str, peer: str, peer_netns: int, peer_mac: str) -> None:
-        """A pair: `name` here, up and in the bridge `master`; `peer` in the namespace of the fd `peer_netns`."""
+    def bridge(self, name: str, mac: str) -> None:
+        """With a MAC of its own: otherwise it takes that of its least port, and changes it with its ports."""
+        info = _attr(_IFLA_LINKINFO, _attr(_INFO_KIND, b"bridge"))
+        self._ask(_NEWLINK, _link() + _name(name) + _attr(_IFLA_ADDRESS, _mac(mac)) + info, _CREATE | _EXCL)
+
+    def veth(self, name: str, peer: str, peer_netns: int, peer_mac: str, *, master: str = "") -> None:
+        """A pair: `name` here, up and in the bridge `master` if any; `peer` in the namespace of the fd `peer_netns`."""
         other = _link() + _name(peer) + _attr(_IFLA_NET_NS_FD, struct.pack("=I", peer_netns))
         other += _attr(_IFLA_ADDRESS, _mac(peer_mac))
         info = _attr(_INFO_KIND, b"veth") + _attr(_INFO_DATA | _NLA_NESTED, _attr(_VETH_PEER | _NLA_NESTED, other))
-        body = _link(up=True) + _name(name) + _attr(_IFLA_MASTER, struct.pack("=I", socket.if_nametoindex(master)))
+        body = _link(up=True) + _name(name)
+        if master:
+            body += _attr(_IFLA_MASTER, struct.pack("=I", socket.if_nametoindex(master)))
         self._ask(_NEWLINK, body + _attr(_IFLA_LINKINFO | _NLA_NESTED, info), _CREATE | _EXCL)
 
     def delete(self, name: str) -> None:
         """Remove a link; one that is not there is fine (it goes with its peer's namespace)."""
         try:
             index = socket.if_nametoindex(name)
+        except OSError:  # its errno is not set before Python 3.12
+            return
+        try:
             self._ask(_DELLINK, _link(index))
         except OSError as gone:
             if gone.errno not in (errno.ENODEV, errno.ENXIO, errno.EINVAL):
@@ -97,21 +108,32 @@ class Netlink:
 
     def address(self, name: str, cidr: str) -> None:
         """Give `name` an IPv4 address; one that it has is fine."""
-        self._change(_NEWADDR, name, cidr, _CREATE | _EXCL, errno.EEXIST)
-
-    def remove_address(self, name: str, cidr: str) -> None:
-        self._change(_DELADDR, name, cidr, 0, errno.EADDRNOTAVAIL)
-
-    def _change(self, kind: int, name: str, cidr: str, flags: int, fine: int) -> None:
         interface = ipaddress.ip_interface(cidr)
         packed = interface.ip.packed
         body = struct.pack("=BBBBI", socket.AF_INET, interface.network.prefixlen, 0, 0, socket.if_nametoindex(name))
         try:
-            self._ask(kind, body + _attr(_IFA_LOCAL, packed) + _attr(_IFA_ADDRESS, packed), flags)
+            self._ask(_NEWADDR, body + _attr(_IFA_LOCAL, packed) + _attr(_IFA_ADDRESS, packed), _CREATE | _EXCL)
         except OSError as known:
-            if known.errno != fine:
+            if known.errno != errno.EEXIST:
                 raise
 
-    def default_route(self, gateway: str) -> None:
-        route = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 254, 4, 0, 1, 0)  # table main, proto static
-        self._ask(_NEWROUTE, route + _attr(_RTA_GATEWAY, socket.inet_aton(gateway)), _CREATE | _EXCL)
+    def route(self, to: str, device: str, *, via: str = "", source: str = "") -> None:
+        """Send `to` (CIDR) through `device`, by the router `via` or else directly; replaces one that is there."""
+        network = ipaddress.ip_network(to)
+        scope = _SCOPE_UNIVERSE if via else _SCOPE_LINK
+        head = struct.pack("=BBBBBBBBI", socket.AF_INET, network.prefixlen, 0, 0, 254, 4, scope, 1, 0)  # main, static
+        body = head + _attr(_RTA_OIF, struct.pack("=I", socket.if_nametoindex(device)))
+        if network.prefixlen:
+            body += _attr(_RTA_DST, network.network_address.packed)
+        if via:
+            body += _attr(_RTA_GATEWAY, socket.inet_aton(via))
+        if source:
+            body += _attr(_RTA_PREFSRC, socket.inet_aton(source))
+        self._ask(_NEWROUTE, body, _CREATE | _REPLACE)
+
+    def neighbour(self, device: str, address: str, mac: str) -> None:
+        """Who has `address`, for good: it is never asked for."""
+        index = socket.if_nametoindex(device)
+        body = struct.pack("=BxxxiHBB", socket.AF_INET, index, _NUD_PERMANENT, 0, 0)
+        body += _attr(_NDA_DST, socket.inet_aton(address)) + _attr(_NDA_LLADDR, _mac(mac))
+        self._ask(_NEWNEIGH, body, _CREATE | _REPLACE)

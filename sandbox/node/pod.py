@@ -14,11 +14,12 @@ import aiohttp
 
 from sandbox.client import PODS, ApiError, Obj
 from sandbox.controllers.objects import milli
-from sandbox.node import cgroups, node_status, status
+from sandbox.node import cgroups, node_status, resolver, status
 from sandbox.node.cgroups import Group
 from sandbox.node.container import BackOff, Container
 from sandbox.node.mounts import Mount
 from sandbox.node.network import PodNet
+from sandbox.node.services import variables
 from sandbox.node.volumes import Base, NotReady, Volumes, environment
 
 if TYPE_CHECKING:
@@ -85,12 +86,10 @@ class Pod:
         """The pod's /etc/hosts and /etc/resolv.conf."""
         self.directory.mkdir(parents=True, exist_ok=True)
         meta = self.obj["metadata"]
-        hosts, resolver = self.directory / "hosts", self.directory / "resolv.conf"
-        name = self.spec.get("hostname") or meta["name"]
-        hosts.write_text(f"# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n{self.ip}\t{name}\n")
-        # No cluster DNS: names that are not in the hosts file fail at once instead of timing out.
-        resolver.write_text(f"search {meta['namespace']}.svc.cluster.local svc.cluster.local\nnameserver 127.0.0.1\n")
-        return Mount(str(hosts), "/etc/hosts"), Mount(str(resolver), "/etc/resolv.conf")
+        hosts, resolv = self.directory / "hosts", self.directory / "resolv.conf"
+        hosts.write_text(resolver.hosts(self.spec, meta["name"], meta["namespace"], self.ip))
+        resolv.write_text(resolver.resolv_conf(self.spec, meta["namespace"]))
+        return Mount(str(hosts), "/etc/hosts"), Mount(str(resolv), "/etc/resolv.conf")
 
     def container_spec(self, name: str, *, init: bool) -> Obj:
         specs: list[Obj] = self.spec["initContainers" if init else "containers"]
@@ -267,7 +266,10 @@ class Pod:
 
     async def environment(self, container: Obj) -> dict[str, str]:
         """The environment of one of its containers. Raises `NotReady`."""
-        values = await environment(self.volumes, self.obj, container, Base(self.ip, self.agent.address, self.agent.env))
+        links = "" if self.spec.get("enableServiceLinks") is False else self.obj["metadata"]["namespace"]
+        services = variables(self.agent.proxy.services.objects.values(), links)
+        base = Base(self.ip, self.agent.address, {**services, **self.agent.env})
+        values = await environment(self.volumes, self.obj, container, base)
         if devices := self.gpus.get(container["name"]):
             values["NVIDIA_VISIBLE_DEVICES"] = ",".join(devices)
         return values

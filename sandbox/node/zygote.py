@@ -191,11 +191,7 @@ def _prepare(
     order: dict[str, Any], fds: Sequence[int], ready: int, spaces: Mapping[int, int]
 ) -> Callable[[list[str]], int | None] | None:
     os.setsid()
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL if order["call"] is None else signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _reset_signals(exec=order["call"] is None)
     random.seed()
     cgroups.enter(order["cgroups"])
     if order["oom_score_adj"] is not None:
@@ -233,6 +229,14 @@ def _prepare(
         os.set_inheritable(fd, True)
     _close_others(keep=[*rest, ready])
     return target
+
+
+def _reset_signals(*, exec: bool) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGPWR):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL if exec else signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _resolve(call: str) -> Callable[[list[str]], int | None]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from sandbox import prometheus
@@ -213,6 +214,16 @@ async def living(running: Running, manifest: Obj) -> AsyncIterator[Life]:
             finally:
                 with contextlib.suppress(ApiError):
                     await api.delete(PODS, name, "default", grace=0)
+
+
+async def printed(running: Running, name: str) -> str:
+    """What the pod has written."""
+    token = (Path(running.state_dir) / "token").read_text().strip()
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as session,
+        session.get(f"{running.api_url}/api/v1/namespaces/default/pods/{name}/log", ssl=False) as answer,
+    ):
+        return await answer.text()
 
 
 def host_pids(title: str) -> list[int]:

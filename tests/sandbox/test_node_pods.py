@@ -436,7 +436,7 @@ def test_the_environment_and_volumes_are_the_pods(running: Running) -> None:
             assert environ["IP"] == seen.status["podIP"] and environ["CONF"] == "value"
             assert environ["TWICE"] == "inside-inside-$(NOT)"
             assert environ["NVIDIA_VISIBLE_DEVICES"].startswith("GPU-")
-            assert environ["KUBERNETES_SERVICE_HOST"] == "10.244.0.1"
+            assert environ["KUBERNETES_SERVICE_HOST"] == "10.96.0.1"
             assert inside["conf"] == "alpha" and inside["account"] == ["ca.crt", "namespace", "token"]
             # A checkout below /tmp keeps the host's /tmp in sight: the container runs its code from there.
             assert inside["pid"] == 1 and (mounts._needed("/tmp") or inside["tmp"] == [])
