@@ -11,6 +11,10 @@ import re
 
 MAX_HEAD = 65536
 MAX_DETAIL = 200
+MAX_EVENT = 1 << 20
+"""Bytes of one server-sent event: what has no end must not fill our memory."""
+MAX_BODY = 8 << 20
+"""Bytes of an answer in one piece."""
 
 
 class BadAnswer(ValueError):
@@ -48,19 +52,17 @@ class Http:
         return self.head_done or bool(self._buf)
 
     def feed(self, data: bytes) -> bytes:
-        if not self.head_done:
+        while not self.head_done:  # a 1xx has a head of its own, before the answer's
             data = self._buf + data
+            self._buf = b""
             end = data.find(b"\r\n\r\n")
             if end < 0:
                 if len(data) > MAX_HEAD or not b"HTTP/1.".startswith(data[:7]):
                     raise BadAnswer(f"not an HTTP answer: {show(data)}")
                 self._buf = data
                 return b""
-            self._buf = b""
             self._head(data[:end])
             data = data[end + 4 :]
-            if not self.head_done:  # it was a 1xx
-                return self.feed(data) if data else b""
         if self._until_close:
             return data
         if self._chunked:
@@ -68,6 +70,8 @@ class Http:
         took = data[: self._left]
         self._left -= len(took)
         self.complete = self._left == 0
+        if len(took) < len(data):
+            self.keep_alive = False  # nobody asked for the rest: it must not be taken for the next answer
         return took
 
     def _head(self, head: bytes) -> None:
@@ -87,7 +91,10 @@ class Http:
         self.status, self.headers, self.head_done = status, headers, True
         connection = headers.get(b"connection", b"").lower()
         self.keep_alive = b"close" not in connection and (first[0] != b"HTTP/1.0" or b"keep-alive" in connection)
-        if b"chunked" in headers.get(b"transfer-encoding", b"").lower():
+        if status in (204, 304):  # without a body, whatever their heads say
+            self._left = 0
+            self.complete = True
+        elif b"chunked" in headers.get(b"transfer-encoding", b"").lower():
             self._chunked = True
         elif b"content-length" in headers:
             length = headers[b"content-length"]
@@ -146,6 +153,7 @@ class Http:
                 self._left = size or -2
             elif eol == pos:  # the empty line after the trailers
                 self.complete = True
+                self.keep_alive = self.keep_alive and eol + 2 == end
                 pos = end
                 break
             pos = eol + 2
@@ -153,11 +161,14 @@ class Http:
         return b"".join(out)
 
 
+_HEX = re.compile(rb"[0-9a-fA-F]{1,15}[ \t]*(?:;|$)")  # int() alone takes signs and underscores
+
+
 def _size(data: bytes, pos: int, eol: int) -> int:
-    try:
-        return int(data[pos:eol].partition(b";")[0], 16)
-    except ValueError:
-        raise BadAnswer(f"not a chunk size: {show(data[pos:eol])}") from None
+    text = data[pos:eol]
+    if not _HEX.match(text):
+        raise BadAnswer(f"not a chunk size: {show(text)}")
+    return int(text.partition(b";")[0], 16)
 
 
 def show(data: bytes) -> str:
@@ -165,10 +176,10 @@ def show(data: bytes) -> str:
     return data[:MAX_DETAIL].decode("utf-8", "replace")
 
 
-_CONTENT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|arguments)": ?"(?!")')
-_FINISH = re.compile(rb'"finish_reason": ?"')
-_USAGE = re.compile(rb'"usage": ?\{')
-_ERROR = re.compile(rb'"error": ?[{"]')
+_CONTENT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|arguments)"\s*:\s*"(?!")')
+_FINISH = re.compile(rb'"finish_reason"\s*:\s*"')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_ERROR = re.compile(rb'"error"\s*:\s*[{"]')
 
 
 class Stream:
@@ -200,6 +211,8 @@ class Stream:
         if data[-2:] != b"\n\n":
             cut = data.rfind(b"\n\n")
             if cut < 0:
+                if len(data) > MAX_EVENT:
+                    raise BadAnswer(f"an event of more than {MAX_EVENT} bytes: {show(data)}")
                 self._carry = data
                 return 0
             self._carry = data[cut + 2 :]
@@ -213,17 +226,21 @@ class Stream:
         if event[:6] == b"data: " and b"\n" not in event:
             payload = event[6:]
         else:
-            lines = [line[5:].lstrip(b" ") for line in event.split(b"\n") if line.startswith(b"data:")]
-            if not lines:
-                if event and not event.startswith((b":", b"event:", b"id:", b"retry:", b"\n")):
+            lines = event.split(b"\n")
+            payload = b"\n".join(line[5:].lstrip(b" ") for line in lines if line.startswith(b"data:"))
+            if not payload.strip():  # comments, ids, keep-alives
+                if event and not event.startswith((b":", b"event:", b"id:", b"retry:", b"data:", b"\n")):
                     raise BadAnswer(f"not a server-sent event: {show(event)}")
                 return 0
-            payload = b"\n".join(lines)
+            if any(line.startswith(b"event:") and line[6:].strip() == b"error" for line in lines):
+                self.error = show(payload)  # `_look` may find better words
         self.heard = True
         if payload == b"[DONE]":
             self.done = True
             return 0
         if payload[:1] != b"{":
+            if self.error:  # in words
+                return 0
             raise BadAnswer(f"not a JSON event: {show(payload)}")
         if _FINISH.search(payload) or _USAGE.search(payload) or _ERROR.search(payload):
             self._look(payload)
@@ -241,7 +258,7 @@ class Stream:
         data = parse(payload)
         error = data.get("error")
         if error:
-            self.error = (str(error.get("message", error)) if isinstance(error, dict) else str(error))[:MAX_DETAIL]
+            self.error = plain(error.get("message", error) if isinstance(error, dict) else error)
         self.finish_reason = finish_of(data) or self.finish_reason
         prompt, completion = usage_of(data)
         self.prompt_tokens = self.prompt_tokens if prompt is None else prompt
@@ -251,7 +268,7 @@ class Stream:
 def parse(payload: bytes) -> dict[str, object]:
     try:
         data = json.loads(payload)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise BadAnswer(f"not JSON ({e}): {show(payload)}") from None
     if not isinstance(data, dict):
         raise BadAnswer(f"not a JSON object: {show(payload)}")
@@ -262,8 +279,13 @@ def finish_of(data: dict[str, object]) -> str | None:
     choices = data.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], dict):
         reason = choices[0].get("finish_reason")
-        return reason if isinstance(reason, str) else None
+        return plain(reason) if isinstance(reason, str) else None
     return None
+
+
+def plain(value: object) -> str:
+    """A server's words, short and fit for UTF-8: JSON may hold half of a surrogate pair."""
+    return str(value)[:MAX_DETAIL].encode("utf-8", "replace").decode()
 
 
 def text_of(data: dict[str, object]) -> str:
@@ -282,5 +304,5 @@ def usage_of(data: dict[str, object]) -> tuple[int | None, int | None]:
     if not isinstance(usage, dict):
         return None, None
     counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-    prompt, completion = (c if isinstance(c, int) else None for c in counts)
+    prompt, completion = (c if type(c) is int and 0 <= c < 1 << 53 else None for c in counts)
     return prompt, completion

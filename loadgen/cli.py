@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from gameday.errors import GamedayError, LoadError
 from loadgen import run as run_, selftest as selftest_, serve
-from loadgen.traffic import Change, Chat, Ramp, Spike, Trace, Traffic
+from loadgen.traffic import Change, Chat, Deadlines, Ramp, Spike, Trace, Traffic
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,6 +70,12 @@ def selftest() -> None:
 @click.option("--turns", type=int, default=1, show_default=True, help="of each session")
 @click.option("--think", type=float, default=5.0, show_default=True, help="seconds between turns, on average")
 @click.option("--real-history", is_flag=True, help="later turns repeat the server's answers, not the plan's")
+@click.option(
+    "--prefix-groups", type=click.IntRange(0), default=0, show_default=True, help="groups that share a prefix"
+)
+@click.option("--prefix-tokens", type=click.IntRange(0), default=0, show_default=True, help="tokens of that prefix")
+@click.option("--extra", default="", metavar="JSON", help='merged into every body, like {"ignore_eos": true}')
+@click.option("--deadline", multiple=True, metavar="NAME:SECONDS", help="dns, connect, first_token, stall or total")
 @click.option("--ramp", multiple=True, metavar="AT:OVER:TIMES", help="from AT s on, over OVER s, TIMES the rate")
 @click.option("--spike", multiple=True, metavar="AT:LASTING:TIMES", help="TIMES the rate for LASTING s from AT s on")
 @click.option("--traffic", "spec", type=_PATH, help="a traffic spec (JSON) instead of the options above")
@@ -75,6 +83,8 @@ def selftest() -> None:
 @click.option("--speed-up", type=float, default=1.0, show_default=True, help="of the trace")
 @click.option("--offset", type=float, default=0.0, show_default=True, help="seconds into the trace")
 @click.option("--cap", type=int, default=1_000_000, show_default=True, help="requests of the trace, at most")
+@click.option("--prompt-max", type=int, default=1_000_000, show_default=True, help="cut the trace's prompts to this")
+@click.option("--output-max", type=int, default=1_000_000, show_default=True, help="cut the trace's answers to this")
 @click.option("--workers", type=int, default=1, show_default=True, help="processes on this machine, one per core")
 @click.option("--worker", "remote", multiple=True, metavar="HOST:PORT", help="a `gameday load worker` elsewhere")
 @click.option("--token-file", type=_PATH, help="the token of those workers")
@@ -83,7 +93,10 @@ def selftest() -> None:
 @click.option("--api-key-env", metavar="NAME")
 @click.option("--ca-file", type=_PATH, help="CA of the target's certificate")
 @click.option("--header", multiple=True, metavar="NAME:VALUE")
-@click.option("--metrics-port", type=click.IntRange(0, 65535), default=0, help="/metrics on 127.0.0.1; 0: none")
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65535), default=0, help="/metrics, worker n at PORT + n; 0: none"
+)
+@click.option("--metrics-address", default="127.0.0.1", show_default=True, help="who may scrape: 0.0.0.0 for everybody")
 @click.option("--out", type=_PATH, help="an empty directory for the records (default: runs/load-<time>)")
 @click.option("--every", type=float, default=5.0, show_default=True, help="seconds between live lines")
 @one_sentence
@@ -108,6 +121,7 @@ def run(**given: Any) -> None:
         api_key_env=given["api_key_env"],
         ca_file=given["ca_file"],
         metrics_port=given["metrics_port"],
+        metrics_address=given["metrics_address"],
         remote=given["remote"],
         remote_token_file=given["token_file"],
         remote_ca=given["worker_ca"],
@@ -117,23 +131,47 @@ def run(**given: Any) -> None:
     sys.exit(0 if account.sound else 1)
 
 
-def _traffic(given: dict[str, Any]) -> Traffic | Trace:
+_OF_ANY = {"api", "no_stream", "extra", "deadline"}
+_OF_A_TRACE = {"speed_up", "offset", "cap", "prompt_max", "output_max"}
+_OF_CHAT = {
+    *("rate", "arrivals", "burstiness", "prompt_tokens", "output_tokens", "long_share", "long_tokens", "canary_rate"),
+    *("turns", "think", "real_history", "prefix_groups", "prefix_tokens", "ramp", "spike"),
+}
+
+
+def _refuse(names: set[str], why: str) -> None:
+    """An option that would be passed over in silence is refused."""
+    source = click.get_current_context().get_parameter_source
+    for name in sorted(names):
+        if source(name) is not ParameterSource.DEFAULT:
+            raise LoadError(f"--{name.replace('_', '-')} {why}")
+
+
+def _traffic(given: dict[str, Any]) -> Traffic:
     if given["spec"] and given["trace"]:
         raise LoadError("--traffic and --trace exclude each other")
     if given["spec"]:
+        _refuse(_OF_ANY | _OF_A_TRACE | _OF_CHAT, "goes into the traffic spec, where there is one")
         try:
             return Traffic.from_json(given["spec"].read_bytes())
         except OSError as e:
             raise LoadError(f"the traffic spec {given['spec']} cannot be read: {e.strerror or e}") from e
+    deadlines = _deadlines(given["deadline"])
     if given["trace"]:
-        return Trace(
+        _refuse(_OF_CHAT, "does not go with --trace: the trace says it all")
+        trace = Trace(
             path=str(given["trace"]),
             speed_up=given["speed_up"],
             offset=given["offset"],
             cap=given["cap"],
+            prompt_max=given["prompt_max"],
+            output_max=given["output_max"],
             api=given["api"],
             stream=not given["no_stream"],
+            extra=given["extra"],
         )
+        return Traffic(streams=(trace,), deadlines=deadlines)
+    _refuse(_OF_A_TRACE, "goes with --trace")
     lengths = {name: given[name] for name in ("prompt_tokens", "output_tokens") if given[name] is not None}
     return Chat(
         per_second=given["rate"],
@@ -148,8 +186,26 @@ def _traffic(given: dict[str, Any]) -> Traffic | Trace:
         turns=given["turns"],
         think=given["think"],
         history="answers" if given["real_history"] else "planned",
+        prefix_groups=given["prefix_groups"],
+        prefix_tokens=given["prefix_tokens"],
+        extra=given["extra"],
+        deadlines=deadlines,
         **lengths,
     )
+
+
+def _deadlines(given: tuple[str, ...]) -> Deadlines:
+    limits: dict[str, float] = {}
+    for text in given:
+        name, _, seconds = text.partition(":")
+        try:
+            limits[name] = float(seconds)
+        except ValueError:
+            raise LoadError(f"{text!r} is not a deadline like first_token:10") from None
+    unknown = sorted(set(limits) - {each.name for each in fields(Deadlines)})
+    if unknown:
+        raise LoadError(f"{unknown[0]!r} is not a deadline; there are {', '.join(f.name for f in fields(Deadlines))}")
+    return Deadlines(**limits)
 
 
 def _changes(ramps: tuple[str, ...], spikes: tuple[str, ...]) -> tuple[Change, ...]:
@@ -179,11 +235,19 @@ def _header(text: str) -> tuple[str, str]:
 @click.option("--api-key-file", type=_PATH, help="the target's API key, on this machine")
 @click.option("--api-key-env", metavar="NAME")
 @click.option("--ca-file", type=_PATH, help="CA of the target's certificate, on this machine")
+@click.option("--metrics-port", type=click.IntRange(0, 65535), default=0, help="/metrics of this worker; 0: none")
+@click.option("--metrics-address", default="127.0.0.1", show_default=True, help="who may scrape: 0.0.0.0 for everybody")
 @click.option("--once", is_flag=True, help="end after one leader")
 @one_sentence
 def worker(**given: Any) -> None:
     """Lend this machine to `gameday load run --worker` elsewhere. Ends with SIGTERM."""
-    own = serve.Own(given["api_key_file"], given["api_key_env"], given["ca_file"])
+    own = serve.Own(
+        given["api_key_file"],
+        given["api_key_env"],
+        given["ca_file"],
+        given["metrics_port"],
+        given["metrics_address"],
+    )
     serve.serve(
         given["listen"],
         given["token_file"],

@@ -29,6 +29,8 @@ from loadgen.target import Target
 READ, WRITE = 1, 2
 IDLE_MAX = 4.0
 """Seconds after which an idle connection is not used again: below the 5 s at which uvicorn (vLLM) closes it."""
+OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EAGAIN})
+"""Errors of this machine (file descriptors, ports, memory): nothing was sent, and the service is not to blame."""
 AFTER_DONE = 0.5
 """Seconds that the rest of the body may take after `[DONE]` before the connection is given up (not the reply)."""
 
@@ -339,17 +341,9 @@ class _Exchange:
             guard.until(monotonic() + limits.dns, Outcome.DNS)
             addresses = self._resolve()
             call.t_dns = monotonic()
-        guard.until(monotonic() + limits.connect, Outcome.CONNECT_TIMEOUT)
-        failure: Failed | None = None
-        for family, address in addresses:
-            try:
-                conn = self._open(family, address)
-                break
-            except Failed as e:
-                failure = e
-        else:
-            raise failure or Failed(Outcome.DNS, "the name has no address")
-        self._conn = conn
+        limit = monotonic() + limits.connect
+        conn = self._conn = self._reach(addresses, limit)
+        guard.until(limit, Outcome.CONNECT_TIMEOUT)
         if self._client._tls is not None:
             try:
                 conn.handshake(self._client._tls, self._client.target.host)
@@ -360,16 +354,36 @@ class _Exchange:
         call.t_conn = monotonic()
         return conn
 
+    def _reach(self, addresses: list[_Address], limit: float) -> Conn:
+        """The first address that takes us. Each gets its share of the time: a black hole must not hide the others."""
+        failure = Failed(Outcome.DNS, "the name has no address")
+        for n, (family, address) in enumerate(addresses):
+            now = monotonic()
+            self._guard.until(now + (limit - now) / (len(addresses) - n), Outcome.CONNECT_TIMEOUT)
+            try:
+                return self._open(family, address)
+            except Failed as e:
+                failure = e
+                if e.outcome is Outcome.CLIENT_SHED:
+                    break
+            except Expired:
+                if n == len(addresses) - 1 or self._guard.verdict is Outcome.DEADLINE:
+                    raise
+        raise failure
+
     def _resolve(self) -> list[_Address]:
         target = self._client.target
         try:
             found = get_hub().resolver.getaddrinfo(target.host, target.port, 0, socket.SOCK_STREAM)
-        except OSError as e:
+        except (OSError, UnicodeError) as e:
             raise Failed(Outcome.DNS, f"{target.host}: {_words(e)}") from None
         return [(int(family), address) for family, _, _, _, address in found]
 
     def _open(self, family: int, address: tuple[Any, ...]) -> Conn:
-        sock = _socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock = _socket.socket(family, socket.SOCK_STREAM)
+        except OSError as e:
+            raise Failed(Outcome.CLIENT_SHED if e.errno in OURS else Outcome.REFUSED, _words(e)) from None
         conn = Conn(sock, f"{address[0]}:{address[1]}")
         self._call.peer = conn.peer
         try:
@@ -386,7 +400,8 @@ class _Exchange:
             return conn
         sock.close()
         outcome = {errno.ECONNRESET: Outcome.CONNECT_RESET, errno.ETIMEDOUT: Outcome.CONNECT_TIMEOUT}
-        raise Failed(outcome.get(code, Outcome.REFUSED), f"{conn.peer}: {os.strerror(code)}")
+        refused = Outcome.CLIENT_SHED if code in OURS else Outcome.REFUSED
+        raise Failed(outcome.get(code, refused), f"{conn.peer}: {os.strerror(code)}")
 
     def _lost(self, why: str, *, reset: bool) -> Failed:
         """The connection ended too early: what that means depends on how far the answer had come."""
@@ -406,7 +421,7 @@ class _Exchange:
         watcher.start(gevent.getcurrent().switch)
         try:
             payload = self._head(conn, hub.switch)
-            content = self._http.headers.get(b"content-type", b"")
+            content = self._http.headers.get(b"content-type", b"").lower()
             if self._http.status == 200 and content.startswith(b"text/event-stream"):
                 self._stream(conn, hub.switch, payload)
             else:
@@ -501,7 +516,7 @@ class _Exchange:
         elif events.finish_reason in ("error", "abort"):
             self._call.end(Outcome.SSE_ERROR, f"finish_reason is {events.finish_reason}", now)
         elif events.done and events.finish_reason:
-            self._call.end(Outcome.OK, "", now)
+            self._good(now)
         elif events.done:
             self._call.end(Outcome.NO_DONE, "[DONE] without a finish_reason", now)
         elif events.inside or not self._http.complete:
@@ -509,6 +524,17 @@ class _Exchange:
             self._call.end(Outcome.TRUNCATED, f"the connection closed inside {where}", now)
         else:
             self._call.end(Outcome.NO_DONE, "the stream ended without [DONE]", now)
+
+    def _good(self, now: float) -> None:
+        """A stream that ended well. Without a word it is good only when the server counts a token (it may be blank)."""
+        call = self._call
+        if not call.tokens:
+            if not call.completion_tokens:
+                call.end(Outcome.BAD_ANSWER, "ended well, without a token", now)
+                return
+            call.tokens = call.completion_tokens
+            call.t_first = now
+        call.end(Outcome.OK, "", now)
 
     def _drain(self, conn: Conn, pause: Callable[[], object]) -> None:
         """Take the rest of a body after `[DONE]`, so that the connection can be used again; the reply has ended."""
@@ -531,8 +557,11 @@ class _Exchange:
         assert call.t_start is not None
         self._guard.until(self._guard.total, Outcome.DEADLINE)
         parts = [payload]
+        size, limit = len(payload), answer.MAX_BODY if http.status == 200 else answer.MAX_HEAD
         try:
             while not http.complete:
+                if size > limit:
+                    raise answer.BadAnswer(f"an answer of more than {limit} bytes")
                 pause()
                 data = conn.recv()
                 if data is None:
@@ -540,6 +569,7 @@ class _Exchange:
                 call.t_last_progress = monotonic()
                 if data:
                     parts.append(http.feed(data))
+                    size += len(parts[-1])
                 elif http.close():
                     break
                 else:
@@ -559,19 +589,25 @@ class _Exchange:
             raise Failed(Outcome.BAD_ANSWER, f"an event stream was asked for, {kind} came")
         data = answer.parse(body)
         if data.get("error"):
-            raise Failed(Outcome.SSE_ERROR, str(data["error"])[: answer.MAX_DETAIL])
+            raise Failed(Outcome.SSE_ERROR, answer.plain(data["error"]))
         call.finish_reason = answer.finish_of(data)
         call.prompt_tokens, call.completion_tokens = answer.usage_of(data)
         if not call.finish_reason:
             raise Failed(Outcome.BAD_ANSWER, "an answer without a finish_reason")
-        call.end(Outcome.OK)
+        if call.finish_reason in ("error", "abort"):
+            raise Failed(Outcome.SSE_ERROR, f"finish_reason is {call.finish_reason}")
+        text = answer.text_of(data)
         call.tokens = call.completion_tokens or 0
-        call.text = answer.text_of(data) if self._cls.keep else ""
+        if not (call.tokens or text):
+            raise Failed(Outcome.BAD_ANSWER, "ended well, without a token")
+        call.end(Outcome.OK)
+        call.text = text if self._cls.keep else ""
         call.t_first = call.t_end
 
     def _refusal(self, body: bytes) -> None:
         status = self._http.status
-        detail = f"{status} {answer.show(body)}".strip()
+        where = self._http.headers.get(b"location", b"") if 300 <= status < 400 else b""
+        detail = f"{status} {answer.show(where or body)}".strip()
         if status == 429:
             self._call.end(Outcome.HTTP_429, detail)
         elif 400 <= status < 500:
@@ -586,5 +622,5 @@ def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("utf-8", "replace")
 
 
-def _words(e: OSError) -> str:
-    return e.strerror or str(e) or type(e).__name__
+def _words(e: OSError | UnicodeError) -> str:
+    return getattr(e, "strerror", None) or str(e) or type(e).__name__

@@ -6,6 +6,7 @@ planned = ok + failed + shed + censored. The engine watches itself and says so e
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any
@@ -76,6 +77,7 @@ class Engine:
         self._empty.set()
         self.started = self.ok = self.failed = self.shed = self.censored = 0
         self._delays: list[float] = []
+        self.broken = ""  # an error of our own, in words: the account is then worth nothing
         self._cpu = Cpu()
         self._beat_at = monotonic()
         self._housekeeping = gevent.spawn(self._keep_house)
@@ -99,11 +101,18 @@ class Engine:
             self.client.perform(call, cls, body(), fresh=fresh)
             if call.text and self._on_text is not None:
                 self._on_text(call.seq, call.text)
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is ours, and must not pass for the service's
+            self._break(f"request {call.seq}", e)
         finally:
             if self._under_way.pop(call, None) is not None:
                 self._account(call)
             if not self._under_way:
                 self._empty.set()
+
+    def _break(self, what: str, e: Exception) -> None:
+        if not self.broken:
+            traceback.print_exc()
+            self.broken = f"{what} met an error of the load generator itself: {type(e).__name__}: {e}"
 
     def censor(self, seq: int, cls: Kind, due: float) -> None:
         """Account for a request that was due and not sent because we stopped."""
@@ -149,27 +158,42 @@ class Engine:
         gevent.killall([greenlet for _, greenlet in left], block=True, timeout=2)
 
     def close(self, planned: int, t_stop: float) -> LoadEnd:
-        """The last words: account and files."""
+        """The last words: account and files. Raises LoadError, without an account, when the engine itself broke."""
         self._housekeeping.kill()
+        try:
+            return self._close(planned, t_stop)
+        except OSError as e:
+            self._break("the record", e)
+            raise LoadError(self.broken) from e
+        finally:
+            self.client.close()
+
+    def _close(self, planned: int, t_stop: float) -> LoadEnd:
         self._beat()
         end = LoadEnd(monotonic(), self.worker, planned, self.ok, self.failed, self.shed, self.censored, t_stop)
         if self._replies is not None:
             self._replies.close()
+        if self.broken:
+            raise LoadError(self.broken)
         if self._load is not None:
             self._load.add(records.event_line(end))
             self._load.close()
-        self.client.close()
         return end
 
     # ── watching itself ─────────────────────────────────────────────────────────────────────────
 
     def _keep_house(self) -> None:
         while True:
+            due = monotonic() + FLUSH_EVERY
             gevent.sleep(FLUSH_EVERY)
-            if self._replies is not None:
-                self._replies.flush()
-            if monotonic() - self._beat_at >= BEAT_EVERY:
-                self._beat()
+            self._delays.append(monotonic() - due)  # between few arrivals, too, our lateness would be in every stamp
+            try:
+                if self._replies is not None:
+                    self._replies.flush()
+                if monotonic() - self._beat_at >= BEAT_EVERY:
+                    self._beat()
+            except OSError as e:  # the disk is full, say
+                self._break("the record", e)
 
     def _beat(self) -> None:
         self._beat_at = max(self._beat_at + BEAT_EVERY, monotonic() - BEAT_EVERY)

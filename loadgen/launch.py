@@ -68,6 +68,11 @@ class _Proc:
     def name(self) -> str:
         return f"load worker {self.number}"
 
+    @property
+    def error(self) -> str:
+        """What went wrong in it, in its own words."""
+        return next((str(m["error"]) for m in self.messages if "error" in m), "")
+
 
 class Load:
     """Running workers, here and elsewhere. Not thread-safe: one thread leads it."""
@@ -84,8 +89,9 @@ class Load:
             _tell(proc, {"begin": at})
 
     def alive(self) -> bool:
-        """False as soon as one worker is gone."""
-        return all(p.process.poll() is None for p in self._procs) and all(f.running for f in self._far)
+        """False as soon as one worker is gone, or broken."""
+        here = all(p.process.poll() is None and not p.error for p in self._procs)
+        return here and all(f.running for f in self._far)
 
     def clocks(self) -> Mapping[str, Offset]:
         """By address, how the clocks of workers elsewhere differ from ours, and how surely."""
@@ -116,6 +122,8 @@ class Load:
                 proc.process.wait(max(0.1, until - clock.now()))
         for far in self._far:
             far.wait(max(0.1, until + GRACE - clock.now()))
+        for proc in self._procs:
+            _listen(proc)  # its last words
         self.kill()
         ends = tuple(_account(p) for p in self._procs) + tuple(f.account() for f in self._far)
         for end in ends:
@@ -152,6 +160,7 @@ def start(
     ca_file: Path | None = None,
     silent_after: float = 2.0,
     metrics_port: int = 0,
+    metrics_address: str = "127.0.0.1",
     remote: Sequence[str] = (),
     remote_token_file: Path | None = None,
     remote_ca: Path | None = None,
@@ -160,7 +169,7 @@ def start(
 ) -> Load:
     """Start `workers` Locust processes that have read the plan and wait for `begin`.
 
-    Records go to `out`. With a `metrics_port`, worker n serves /metrics on 127.0.0.1 at that port + n.
+    Records go to `out`. With a `metrics_port`, the nth of them serves /metrics at that port + n.
     `remote` are addresses of `gameday load worker`s on other machines, which take their share as well; `remote_ca`
     makes us speak TLS with them. Workers are numbered from `number` on, and send their shares `of` so many (by
     default all that are started here). Raises LoadError, before any load, for a bad plan, URL, key or CA file, and
@@ -203,8 +212,9 @@ def start(
         for far in load._far:
             far.give({**abroad, "worker": far.number}, plan_path)
         for proc in load._procs:
-            port = metrics_port and metrics_port + proc.number
-            _tell(proc, {"job": {**common, "worker": proc.number, "metrics_port": port}})
+            port = metrics_port and metrics_port + proc.number - number
+            serving = {"metrics_port": port, "metrics_address": metrics_address}
+            _tell(proc, {"job": {**common, "worker": proc.number, **serving}})
         _await_all(load, clock.now() + READY_WITHIN)
     except BaseException:
         load.kill()
@@ -234,8 +244,9 @@ def _spawn(number: int, target: str, out: Path) -> _Proc:
     mine, theirs = socket.socketpair()
     _clean(out, number)
     log = out / f"locust.{number}.log"
-    command = [sys.executable, "-m", "locust", "-f", str(_ROOT / "loadgen" / "locustfile.py"), "--headless"]
+    command = [sys.executable, "-m", "loadgen.locusts", "-f", str(_ROOT / "loadgen" / "locustfile.py"), "--headless"]
     command += ["--users", "1", "--spawn-rate", "1", "--host", target, "--exit-code-on-error", "0", "--only-summary"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
     search = os.pathsep.join(p for p in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if p)
     with theirs, log.open("wb") as file:
         process = subprocess.Popen(
@@ -245,7 +256,7 @@ def _spawn(number: int, target: str, out: Path) -> _Proc:
             stderr=subprocess.STDOUT,
             pass_fds=(theirs.fileno(),),
             start_new_session=True,  # Ctrl-C is the harness's to handle: the load goes on until it is told
-            env={**os.environ, "PYTHONPATH": search, "GAMEDAY_LOAD_FD": str(theirs.fileno())},
+            env={**env, "PYTHONPATH": search, "GAMEDAY_LOAD_FD": str(theirs.fileno())},
         )
     _first_on_cpu(process.pid)
     replies = records.Follower(records.replies_path(out, number))
@@ -268,6 +279,8 @@ def _tell(proc: _Proc, message: Mapping[str, object]) -> None:
 
 
 def _lost(proc: _Proc) -> LoadError:
+    if proc.error:
+        return LoadError(f"{proc.name}: {proc.error}: the load is not sound; see {proc.log}")
     code = proc.process.poll()
     how = "does not answer" if code is None else f"ended with signal {-code}" if code < 0 else f"ended with code {code}"
     return LoadError(f"{proc.name} was lost ({how}): the load is not sound; see {proc.log}")
@@ -277,7 +290,7 @@ def _listen(proc: _Proc, wait: float = 0.0) -> bool:
     """Take in what the worker has said; tells whether it may say more."""
     try:
         proc.sock.settimeout(wait or 0.0)
-        data = proc.sock.recv(65536)
+        data = proc.sock.recv(1 << 20)
     except (BlockingIOError, TimeoutError):
         return True
     except OSError:

@@ -17,7 +17,7 @@ from typing import Any
 
 import gevent
 from locust import User, events, task
-from locust.runners import MasterRunner
+from locust.runners import STATE_MISSING, STATE_RUNNING, STATE_SPAWNING, MasterRunner
 
 from gameday.errors import LoadError
 from gameday.model import Outcome
@@ -139,7 +139,8 @@ else:
     @events.test_start.add_listener  # type: ignore[untyped-decorator]
     def _start(environment: Any, **_: Any) -> None:
         if isinstance(environment.runner, MasterRunner):
-            return  # its workers do the asking
+            gevent.spawn(_watch, environment)  # its workers do the asking
+            return
         options = environment.parsed_options
         choice = Choice(environment.host or "", **{f: getattr(options, f) for f in _CHOICES})
         try:
@@ -160,6 +161,21 @@ else:
             _sources.pop(environment, None)
             if environment.web_ui is None:
                 os.kill(os.getpid(), signal.SIGTERM)
+
+    def _watch(environment: Any) -> None:
+        """A lost worker takes its share of the load away: Locust would go on, and end with 0."""
+        runner = environment.runner
+        seen: dict[str, Any] = {}
+        began = False
+        while not began or runner.state in (STATE_SPAWNING, STATE_RUNNING):
+            began = began or runner.state in (STATE_SPAWNING, STATE_RUNNING)
+            now = dict(runner.clients.items())
+            gone = [i for i, node in seen.items() if i not in now or node.state == STATE_MISSING]
+            for name in gone:
+                logging.getLogger("gameday").error("load worker %s was lost: the run is short, and not sound", name)
+                environment.process_exit_code = 2
+            seen = {i: node for i, node in now.items() if node.state != STATE_MISSING}
+            gevent.sleep(0.2)
 
     @events.test_stop.add_listener  # type: ignore[untyped-decorator]
     def _stop(environment: Any, **_: Any) -> None:

@@ -33,6 +33,8 @@ DELAY = 0.010
 """Seconds of schedule delay (p99) that are still the service's latency and not ours."""
 SATURATED_SHARE = 0.05
 """Share of the run's seconds that may be worse than that."""
+LATE_SHARE = 0.005
+"""Share of the requests that may be sent later than that: half of what decides a p99."""
 SILENT = 3.0
 """Seconds without a heartbeat that make a run unsound."""
 TICK = 0.1
@@ -179,6 +181,7 @@ class Books:
         self._seen = bytearray(len(plan))
         self._classes = {kind.name: Class() for kind in plan.classes}
         self._beats: dict[int, list[Heartbeat]] = {}
+        self._started = self._late = 0
         self._tokens = 0
         self._last = begin  # the end of the last reply
 
@@ -189,6 +192,9 @@ class Books:
             self._seen[reply.seq] = 1
             self._classes[reply.cls].add(reply)
             self._tokens += reply.tokens
+            if reply.t_start is not None:
+                self._started += 1
+                self._late += reply.t_start - reply.t_intended > DELAY
             self._last = max(self._last, reply.t_end)
         for beat in tail.beats:
             self._beats.setdefault(beat.worker, []).append(beat)
@@ -224,11 +230,20 @@ class Books:
             seconds=round(seconds, 3),
             tokens_per_second=round(self._tokens / max(seconds, self._last - self._begin), 2),
             ended=ended,
-            unsound=tuple(why for e in ends for why in self._trouble(e.worker, self._begin, self._begin + seconds)),
+            unsound=(
+                *(why for e in ends for why in self._trouble(e.worker, self._begin, self._begin + seconds)),
+                *self._lateness(),
+            ),
             clocks=clocks,
             seed=self._plan.seed,
             out=str(out),
         )
+
+    def _lateness(self) -> list[str]:
+        """A stop of a second spoils one heartbeat only, but every request that was due in it."""
+        if self._late <= LATE_SHARE * self._started:
+            return []
+        return [f"{self._late} of {self._started} requests were sent more than {1000 * DELAY:.0f} ms late"]
 
     def _trouble(self, worker: int, begin: float, end: float) -> list[str]:
         """What a worker says of itself while requests were sent; a second's heartbeat comes at its end."""
@@ -314,6 +329,7 @@ def run(
     api_key_env: str | None = None,
     ca_file: Path | None = None,
     metrics_port: int = 0,
+    metrics_address: str = "127.0.0.1",
     remote: Sequence[str] = (),
     remote_token_file: Path | None = None,
     remote_ca: Path | None = None,
@@ -326,18 +342,22 @@ def run(
     wanted = Traffic(streams=(traffic,)) if isinstance(traffic, Trace) else traffic
     plan = plan_.make(wanted, seed, seconds)
     _empty(out)
-    for api in sorted({kind.api for kind in plan.classes}):
+    for api, stream in sorted({(kind.api, kind.stream) for kind in plan.classes}):
         one_token(
             target,
             model,
             api=api,
+            stream=stream,
             headers=headers,
             api_key_file=api_key_file,
             api_key_env=api_key_env,
             ca_file=ca_file,
         )
-    out.mkdir(parents=True, exist_ok=True)
-    plan.write(out / "plan.json")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        plan.write(out / "plan.json")
+    except OSError as e:
+        raise LoadError(f"the records cannot be written to {out}: {e.strerror or e}") from e
     with Signals() as signals:
         load = launch.start(
             out / "plan.json",
@@ -350,6 +370,7 @@ def run(
             api_key_env=api_key_env,
             ca_file=ca_file,
             metrics_port=metrics_port,
+            metrics_address=metrics_address,
             remote=remote,
             remote_token_file=remote_token_file,
             remote_ca=remote_ca,

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from loadgen.traffic import Deadlines
 LIMITS = Deadlines(dns=1.0, connect=0.5, first_token=0.8, stall=0.6, total=2.0)
 TOLERANCE = 0.1
 """Seconds between the truth and the record: generous, as a busy machine runs this; a wrong limit is off by more."""
+REPEATS = 2
 
 Server = misbehave.Failing | misbehave.Full | misbehave.Nobody
 _Truth = Callable[[Reply, float | None], float | None]
@@ -82,19 +83,44 @@ MORE = (
 def run(say: Callable[[str], None]) -> int:
     """Exit code 0 when every case is named and timed rightly. Raises LoadError when the client does not come back."""
     cases = THIRTEEN + MORE
+    found = _try(cases)
+    for _ in range(REPEATS):  # a busy machine delays anybody once; a wrong limit is wrong every time
+        late = tuple(case for case in cases if found[case.name].late and not found[case.name].wrong)
+        if late:
+            say(f"asked again, as the machine seems busy: {', '.join(case.name for case in late)}")
+            found |= _try(late)
+    for case in cases:
+        say(found[case.name].line)
+    right = [found[case.name].right for case in cases]
+    of = len(THIRTEEN)
+    say(f"{sum(right[:of])} of {of} ways to fail classified, {sum(right[of:])} of {len(MORE)} further checks")
+    return 0 if all(right) else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What came of a case."""
+
+    line: str
+    wrong: bool
+    late: bool
+
+    @property
+    def right(self) -> bool:
+        return not (self.wrong or self.late)
+
+
+def _try(cases: Sequence[Case]) -> dict[str, Found]:
     servers = [case.make() for case in cases]
     try:
         replies = _ask({case.name: server.port for case, server in zip(cases, servers, strict=True)})
     finally:
         for server in servers:
             server.close()
-    right = [_check(case, replies[case.name], server.at, say) for case, server in zip(cases, servers, strict=True)]
-    of = len(THIRTEEN)
-    say(f"{sum(right[:of])} of {of} ways to fail classified, {sum(right[of:])} of {len(MORE)} further checks")
-    return 0 if all(right) else 1
+    return {case.name: _check(case, replies[case.name], s.at) for case, s in zip(cases, servers, strict=True)}
 
 
-def _check(case: Case, reply: Reply, at: float | None, say: Callable[[str], None]) -> bool:
+def _check(case: Case, reply: Reply, at: float | None) -> Found:
     truth = case.truth(reply, at)
     wrong: list[str] = []
     if reply.outcome is not case.outcome:
@@ -103,11 +129,11 @@ def _check(case: Case, reply: Reply, at: float | None, say: Callable[[str], None
         wrong.append(f"has {reply.tokens} tokens, should have {case.tokens}")
     if truth is None:
         wrong.append("never happened on the server")
-    elif abs(reply.t_end - truth) > TOLERANCE:
-        wrong.append(f"ends {1000 * (reply.t_end - truth):+.0f} ms from the truth")
+    late = truth is not None and abs(reply.t_end - truth) > TOLERANCE
     off = "" if truth is None else f"{1000 * (reply.t_end - truth):+6.1f} ms"
-    say(f"{'FAIL' if wrong else 'ok  '}  {case.name:<28} {reply.outcome:<22} {off}  {'; '.join(wrong)}".rstrip())
-    return not wrong
+    told = [*wrong, *([f"ends {off.strip()} from the truth"] if late else [])]
+    line = f"{'FAIL' if told else 'ok  '}  {case.name:<28} {reply.outcome:<22} {off}  {'; '.join(told)}".rstrip()
+    return Found(line, bool(wrong), late)
 
 
 def _ask(ports: Mapping[str, int]) -> dict[str, Reply]:

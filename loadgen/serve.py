@@ -39,6 +39,8 @@ class Own:
     api_key_file: Path | None = None
     api_key_env: str | None = None
     ca_file: Path | None = None
+    metrics_port: int = 0  # 0: none
+    metrics_address: str = "127.0.0.1"
 
 
 @dataclass(slots=True)
@@ -205,6 +207,8 @@ class _Session:
             api_key_file=self._own.api_key_file,
             api_key_env=self._own.api_key_env,
             ca_file=self._own.ca_file,
+            metrics_port=self._own.metrics_port,
+            metrics_address=self._own.metrics_address,
             **given,
         )
         tails = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,8 +47,9 @@ class Target:
             "Accept": "text/event-stream, application/json",
             "User-Agent": "gameday",
             **({"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}),
-            **self.headers,
         }
+        given = {name.lower() for name in self.headers}
+        lines = {name: value for name, value in lines.items() if name.lower() not in given} | dict(self.headers)
         text = f"POST {path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items())
         return text.encode("latin-1") + b"Content-Length: "
 
@@ -61,6 +63,24 @@ class Target:
             raise LoadError(f"the CA file {self.ca_file} cannot be used: {e}") from e
         context.set_alpn_protocols(["http/1.1"])
         return context
+
+
+_PATH = re.compile(r"[!-~]*")
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+_OURS = {"content-length", "transfer-encoding", "connection", "expect", "accept-encoding", "upgrade"}
+
+
+def _check_header(name: str, value: str) -> None:
+    if not _TOKEN.fullmatch(name):
+        raise LoadError(f"{name!r} is not a header's name")
+    if name.lower() in _OURS:
+        raise LoadError(f"the header {name} is the load generator's own")
+    if any(c in value for c in "\r\n\0"):
+        raise LoadError(f"the header {name} must not contain a line break")
+    try:
+        value.encode("latin-1")
+    except UnicodeEncodeError:
+        raise LoadError(f"the header {name} has characters that HTTP cannot carry") from None
 
 
 def parse(
@@ -84,8 +104,12 @@ def parse(
         raise LoadError(f"the target {url!r} is not a URL like http://gateway.example:8000")
     if parts.username or parts.query or parts.fragment:
         raise LoadError(f"the target {url!r} must not carry a user, a query or a fragment; give an API key by file")
-    if any(c in f"{k}{v}" for k, v in (headers or {}).items() for c in "\r\n"):
-        raise LoadError("a header must not contain a line break")
+    if not _PATH.fullmatch(parts.path) or not parts.hostname.isascii():
+        raise LoadError(
+            f"the target {url!r} must be plain ASCII without spaces: percent-encode its path, punycode its name"
+        )
+    for name, value in (headers or {}).items():
+        _check_header(name, value)
     if not model:
         raise LoadError("the load needs the name of a model")
     base = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ class Row:
 def read(path: Path) -> tuple[Row, ...]:
     """All rows in order of time. Raises LoadError with the line's number for a malformed one."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a byte order mark
             return _rows(path, file)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise LoadError(f"the trace {path} cannot be read: {e}") from e
@@ -54,17 +55,25 @@ def _rows(path: Path, file: TextIO) -> tuple[Row, ...]:
     return tuple(Row(r.t - start, r.context, r.generated) for r in rows)
 
 
+_WHEN = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|[+-]\d\d:?\d\d)?")
+
+
 def _time(cell: str, where: str) -> float:
-    """Seconds; the traces write seven decimals, which fromisoformat does not take on every Python."""
-    whole, dot, part = cell.strip().partition(".")
+    """Seconds. The traces of 2023 write seven decimals (not every Python takes them), those of 2024 a zone."""
+    found = _WHEN.fullmatch(cell.strip())
     try:
-        return datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp() + (float(f"0.{part}") if dot else 0.0)
+        if found is None:
+            raise ValueError
+        at = datetime.fromisoformat(found[1]).replace(tzinfo=UTC).timestamp()
     except ValueError:
         raise LoadError(f"{where}: {cell!r} is not a timestamp like 2023-11-16 18:17:03.9799600") from None
+    zone = (found[3] or "Z").replace(":", "")
+    ahead = 0 if zone == "Z" else int(zone[:3]) * 3600 + int(zone[0] + zone[3:]) * 60
+    return at - ahead + float(found[2] or 0)
 
 
 def _count(cell: str, where: str) -> int:
     text = cell.strip()
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
         raise LoadError(f"{where}: {cell!r} is not a token count")
     return int(text)

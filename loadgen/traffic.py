@@ -317,7 +317,9 @@ def _chat_streams(chat: Chat) -> tuple[Stream, ...]:
         output=fixed(1),
         arrivals="constant",
         api=chat.api,
+        stream=chat.stream,
         fresh="alternate",
+        extra=chat.extra,
     )
     return (
         users(chat.api, chat.per_second * (1 - chat.long_share), chat.output_tokens, chat.turns),

@@ -2,7 +2,7 @@
 
 From the parent: `{"job": {…}}`, `{"begin": instant}`, `{"stop": seconds}`.
 To the parent: `{"ready": arrivals}` or `{"error": sentence}`, every 0.2 s `{"in_flight": n, "silent": n}`, at the end
-`{"ended": true}`.
+`{"ended": true}`, or `{"error": sentence}` when the load generator itself broke.
 When the parent is gone the worker stops by itself: an orphan must not go on loading anybody's service.
 """
 
@@ -53,6 +53,7 @@ class Job:
     api_key_env: str | None = None
     ca_file: str | None = None
     metrics_port: int = 0  # 0: none
+    metrics_address: str = "127.0.0.1"
     silent_after: float = 2.0  # seconds without a token after which a request under way is reported as silent
 
     def to_json(self) -> dict[str, object]:
@@ -96,6 +97,7 @@ class Worker:
         self._walk: Walk | None = None
         self._engine: Engine | None = None
         self._end: LoadEnd | None = None
+        self._finished = False
         self._ending = gevent.lock.RLock()
         self._within = 0.0
         self._buf = b""
@@ -120,8 +122,12 @@ class Worker:
             status = gevent.spawn(self._status, job.silent_after)
             message = self._read()
             status.kill()
-        self.finish(float(message["stop"]) if message is not None else 0.0)
-        self._tell({"ended": True})
+        try:
+            self.finish(float(message["stop"]) if message is not None else 0.0)
+        except LoadError as e:
+            self._tell({"error": str(e)})
+        else:
+            self._tell({"ended": True})
 
     def _prepare(self, job: Job) -> list[Arrival]:
         plan = Plan.read(Path(job.plan))
@@ -130,7 +136,7 @@ class Worker:
         out = Path(job.out)
         metrics = Metrics() if job.metrics_port else None
         if metrics is not None:
-            metrics.serve(job.metrics_port)
+            metrics.serve(job.metrics_port, job.metrics_address)
         self._engine = Engine(
             Client(target),
             worker=job.worker,
@@ -151,10 +157,11 @@ class Worker:
     def finish(self, within: float | None = None) -> None:
         """Stop, drain, write the account; once, whoever calls first. `within` None: up to the longest deadline."""
         with self._ending:
-            if self._end is not None or self._engine is None:
+            if self._finished or self._engine is None:
                 return
             limit = self._within if within is None else within
             walk = self._walk or Walk(self._engine, (), 0.0)
+            self._finished = True
             self._end = walk.stop(limit)
 
     def _status(self, silent_after: float) -> None:
@@ -162,6 +169,8 @@ class Worker:
         while True:
             self._tell({"in_flight": self._engine.in_flight, "silent": self._engine.silent(silent_after)})
             gevent.sleep(STATUS_EVERY)
+            if self._engine.broken:
+                self._tell({"error": self._engine.broken})
             if os.getppid() != self._parent:
                 self._sock.close()  # ends `serve`'s read, and with it the load
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -169,6 +170,40 @@ def test_lost_worker_makes_the_load_invalid(url: str, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="load worker 1 was lost"):
         load.stop(within=1)
     assert all(p.process.poll() is not None for p in load._procs)
+
+
+def test_a_record_that_cannot_be_written_makes_the_load_invalid(url: str, tmp_path: Path) -> None:
+    """As when the disk is full: noticed while it runs, in words, and never an account."""
+    path, _ = _plan(tmp_path, _steady(60, tokens=2))
+    load = launch.start(path, target=url, model="tiny", out=tmp_path)
+    resource.prlimit(load._procs[0].process.pid, resource.RLIMIT_FSIZE, (5000, 5000))
+    load.begin(clock.now())
+
+    def seen() -> bool:
+        load.poll()
+        return not load.alive()
+
+    clock.wait_until(seen, within=15, what="the loss to be seen")
+    with pytest.raises(LoadError, match=r"load worker 0: the record met an error.*File too large.*not sound"):
+        load.stop(within=1)
+    assert not any(isinstance(e, LoadEnd) for e in records.Follower(tmp_path / "load.0.jsonl").events())
+
+
+def test_somebodys_locust_settings_do_not_end_our_load(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (".locust.conf", "locust.conf"):
+        (tmp_path / name).write_text("run-time = 1s\nautostart = true\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LOCUST_RUN_TIME", "1")
+    path, plan = _plan(tmp_path, _steady(20, tokens=2), seconds=3)
+    load = launch.start(path, target=url, model="tiny", out=tmp_path)
+    begin = clock.now()
+    load.begin(begin)
+    replies: list[Reply] = []
+    _until(load, replies, len(plan))
+    _sound(load.stop(within=5), replies, plan, begin)
 
 
 def test_orphan_stops_by_itself(url: str, tmp_path: Path) -> None:

@@ -119,6 +119,36 @@ def test_master_and_worker_with_metrics(url: str, tmp_path: Path) -> None:
     assert "reply,chat," in (tmp_path / "stats_stats.csv").read_text()
 
 
+def test_a_lost_worker_is_said_by_the_master(url: str, tmp_path: Path) -> None:
+    """Stock Locust carries on with what is left, and ends with 0."""
+    port = _port()
+    master = _command("--master", "--master-bind-port", str(port), "--headless", "--expect-workers", "2")
+    master += ["-u", "10", "-r", "10", "-t", "60s", "--host", url, *LOAD]
+    out = [tmp_path / "0", tmp_path / "1"]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(master, stdout=log, stderr=log) as lead:
+        hands = [
+            subprocess.Popen(_command("--worker", "--master-port", str(port)), stdout=log, stderr=log) for _ in out
+        ]
+        try:
+
+            def running() -> bool:
+                return b"All users spawned" in (tmp_path / "log").read_bytes()
+
+            clock.wait_until(running, within=20, what="the users of both workers")
+            hands[0].kill()
+
+            def said() -> bool:
+                return b"was lost: the run is short, and not sound" in (tmp_path / "log").read_bytes()
+
+            clock.wait_until(said, within=20, what="the master's word")
+            lead.terminate()
+            assert lead.wait(20) == 2
+        finally:
+            for process in (lead, *hands):
+                process.kill()
+                process.wait()
+
+
 def test_a_shape_leads_the_users(url: str, tmp_path: Path) -> None:
     """4 users for 2 s, then 16: the arrivals follow, users × rate."""
     (tmp_path / "shape.py").write_text(SHAPE)

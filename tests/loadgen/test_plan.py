@@ -148,6 +148,36 @@ def test_impossible_specs_are_refused(build: object, says: str) -> None:
         build()  # type: ignore[operator]
 
 
+AZURE = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.mark.parametrize(("name", "rows", "length"), [("conv", 19366, 3527.2), ("code", 8819, 3434.0)])
+def test_the_azure_traces_replay_as_they_are(name: str, rows: int, length: float) -> None:
+    path = AZURE / f"AzureLLMInferenceTrace_{name}.csv"
+    if not path.exists():
+        pytest.skip(f"the trace is not here: {path.name}")
+    whole = make(Traffic(streams=(Trace(path=str(path)),)), 1, 4000)
+    assert len(whole) == rows
+    assert whole.t[-1] == pytest.approx(length, abs=60)
+    part = make(Traffic(streams=(Trace(path=str(path), speed_up=10, offset=600, cap=500),)), 1, 60)
+    first = next(i for i, t in enumerate(whole.t) if t >= 600)
+    assert len(part) == 500
+    assert part.prompt == whole.prompt[first : first + 500]
+    assert part.output == whole.output[first : first + 500]
+    assert part.t == pytest.approx([(t - 600) / 10 for t in whole.t[first : first + 500]], abs=2e-6)
+
+
+def test_a_trace_of_2024_has_time_zones_and_a_spreadsheet_a_mark(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    rows = (
+        "2024-05-10 00:00:00.009930+00:00,2162,5\r\n2024-05-10 02:00:01.5+02:00,10,6\r\n2024-05-10T00:00:02Z,11,7\r\n"
+    )
+    path.write_bytes(b"\xef\xbb\xbf" + (HEAD + rows).encode())
+    plan = make(Traffic(streams=(Trace(path=str(path)),)), 1, 10)
+    assert plan.t == pytest.approx((0, 1.49007, 1.99007), abs=1e-6)
+    assert plan.output == (5, 6, 7)
+
+
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 ROW = "2023-11-16 18:17:03.9799600,4808,10\n"
 
@@ -169,6 +199,9 @@ def test_trace_replays_with_offset_speed_and_cap(tmp_path: Path) -> None:
         (HEAD + ROW + "2023-11-16 18:17:04.0,12\n", "line 3: 3 columns expected, found 2"),
         (HEAD + ROW + ROW + "2023-11-16 18:17:04.0,-12,3\n", "line 4: '-12' is not a token count"),
         (HEAD + "yesterday,1,2\n", "line 2: 'yesterday' is not a timestamp"),
+        (HEAD + "2023-11-16 18:17:03.1e5,1,2\n", "is not a timestamp"),
+        (HEAD + "2023-13-16 18:17:03,1,2\n", "is not a timestamp"),
+        (HEAD + ROW + "2023-11-16 18:17:04.0,12345678901,3\n", "is not a token count"),
         (HEAD + ROW + "2023-11-16 18:17:04.0,1.5,3\n", "line 3: '1.5' is not a token count"),
     ],
 )

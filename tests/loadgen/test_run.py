@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,32 @@ def test_a_lost_worker_is_an_error_never_a_short_run(url: str, tmp_path: Path, m
     assert not (tmp_path / "out" / "account.json").exists()
 
 
+def test_a_worker_that_stood_still_makes_the_run_unsound(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was due while it stood was sent late: the account is exact, and gives no latencies."""
+    started: list[launch.Load] = []
+    start = launch.start
+
+    def spy(*args: object, **kwargs: object) -> launch.Load:
+        started.append(start(*args, **kwargs))  # type: ignore[arg-type]
+        return started[0]
+
+    def say(line: str) -> None:
+        if "/s  ok" in line and started:
+            worker = started.pop()._procs[0].process
+            worker.send_signal(signal.SIGSTOP)
+            threading.Timer(1.0, worker.send_signal, (signal.SIGCONT,)).start()
+
+    monkeypatch.setattr(launch, "start", spy)
+    traffic = _steady(50)
+    account = run(target=url, model="tiny", traffic=traffic, seconds=5, seed=1, out=tmp_path / "o", say=say, every=1)
+    assert account.planned == account.ok == len(make(traffic, 1, 5))
+    assert not account.sound
+    assert any("late" in why for why in account.unsound)
+    assert account.lines()[-1] == "no latencies are given for this run"
+
+
 def test_metrics_in_plan_mode(url: str, tmp_path: Path) -> None:
     make(_steady(), 1, 30).write(tmp_path / "plan.json")
     port = _port()
@@ -200,6 +227,15 @@ def test_saturation_is_refused(more: dict[str, float], says: str) -> None:
     assert account.lines()[-1] == "no latencies are given for this run"
 
 
+def test_a_short_stop_in_a_long_run_is_refused() -> None:
+    """One heartbeat in a hundred is bad, and so is every request of that second: a p99 of them is ours."""
+    books, _, replies, end = _books(100)
+    late = [dataclasses.replace(r, t_start=r.t_intended + (0.5 if 150 < r.t_intended < 151 else 0)) for r in replies]
+    books.take(launch.Tail(tuple(late), tuple(_beat(101 + n, delay_p99=0.5 if n == 50 else 0.0) for n in range(100))))
+    (why,) = books.account((end,), ended="plan", clocks={}, out=Path("x")).unsound
+    assert why.endswith("requests were sent more than 10 ms late")
+
+
 def test_silence_is_refused_and_one_bad_second_is_not() -> None:
     books, _, replies, end = _books()
     books.take(
@@ -251,6 +287,31 @@ def test_quantiles_are_exact_to_a_tick() -> None:
     ("more", "says"),
     [
         (["--rate", "-1"], "cannot be negative"),
+        (["--rate", "nan"], "cannot be negative or infinite"),
+        (["--arrivals", "gamma", "--burstiness", "0"], "burstiness must be positive"),
+        (["--long-share", "1.5"], "long_share lies in"),
+        (["--ramp", "-1:2:3"], "a ramp cannot be negative"),
+        (["--spike", "1:2:nan"], "a spike cannot be negative"),
+        (["--turns", "0"], "turns must be"),
+        (["--think", "-1", "--turns", "2"], "think"),
+        (["--rate", "0", "--canary-rate", "0"], "at least one stream"),
+        (["--rate", "1e9"], "at most 5000000 are possible"),
+        (["--extra", "[1]"], "not a JSON object"),
+        (["--prefix-groups", "3"], "go together"),
+        (["--deadline", "patience:3"], "'patience' is not a deadline"),
+        (["--deadline", "total:soon"], "is not a deadline like"),
+        (["--deadline", "total:-1"], "must be positive"),
+        (["--trace", "x.csv", "--rate", "5"], "--rate does not go with --trace"),
+        (["--speed-up", "5"], "--speed-up goes with --trace"),
+        (["--traffic", "x.json", "--no-stream"], "--no-stream goes into the traffic spec"),
+        (["--out", "/proc/nowhere"], "cannot be written to /proc/nowhere"),
+        (["--target", "http://127.0.0.1:1"], "cannot be reached: Connection refused"),
+        (["--target", "http://no..name:80"], "cannot be found"),
+        (["--target", "http://127.0.0.1:80/a b"], "percent-encode"),
+        (["--header", "X: €"], "characters that HTTP cannot carry"),
+        (["--header", "X Y: z"], "'X Y' is not a header's name"),
+        (["--header", "Content-Length: 3"], "Content-Length is the load generator's own"),
+        (["--api-key-env", "GAMEDAY_TEST_NO_SUCH_KEY"], "no API key in GAMEDAY_TEST_NO_SUCH_KEY"),
         (["--model", "huge"], "has no model 'huge'"),
         (["--trace", "/nonexistent.csv"], "cannot be read"),
         (["--traffic", "/nonexistent.json"], "cannot be read"),
