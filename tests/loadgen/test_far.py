@@ -213,7 +213,7 @@ def test_without_its_leader_the_load_ends(url: str, token: Path, tmp_path: Path)
         load.begin(clock.now())
         _wait(load, 5)
         load.kill()
-        clock.wait_until(lambda: any("closed" in line for line in worker.said), within=10, what="the worker's word")
+        clock.wait_until(lambda: any("leader" in line for line in worker.said), within=30, what="the worker's word")
         again = _start(url, token, worker.address, tmp_path / "again", seconds=1)  # it serves the next leader
         again.begin(clock.now())
         _wait(again, 20)
