@@ -29,6 +29,9 @@ def one_sentence(act: Callable[P, R]) -> Callable[P, R]:
         except GamedayError as wrong:
             click.echo(f"gameday: {wrong}", err=True)
             sys.exit(2)
+        except KeyboardInterrupt:  # before the load began: then `run` listens for it
+            click.echo("gameday: stopped before any load", err=True)
+            sys.exit(2)
 
     return safe
 

@@ -31,6 +31,8 @@ IDLE_MAX = 4.0
 """Seconds after which an idle connection is not used again: below the 5 s at which uvicorn (vLLM) closes it."""
 OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EAGAIN})
 """Errors of this machine (file descriptors, ports, memory): nothing was sent, and the service is not to blame."""
+WE_SLEPT = 0.05
+"""Seconds by which a timer is late when this process stood still."""
 AFTER_DONE = 0.5
 """Seconds that the rest of the body may take after `[DONE]` before the connection is given up (not the reply)."""
 
@@ -108,11 +110,17 @@ class Guard:
         self._timer.start(self._fire, update=True)
 
     def _fire(self) -> None:
-        if monotonic() >= self.limit:
+        late = monotonic() - self._armed
+        if monotonic() < self.limit:
+            self._arm()
+        elif late > WE_SLEPT:  # what came meanwhile waits in the socket: it is read before anything is given up
+            self.close()
+            self._armed = monotonic()
+            self._timer = self._loop.timer(WE_SLEPT / 2)
+            self._timer.start(self._fire, update=True)
+        else:
             self.close()
             self._greenlet.throw(Expired)
-        else:
-            self._arm()
 
     def close(self) -> None:
         if self._timer is not None:

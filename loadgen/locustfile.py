@@ -183,7 +183,12 @@ else:
         source = _sources.pop(environment, None)
         if source is None:
             return
-        end = source.close(Deadlines().total)
+        try:
+            end = source.close(Deadlines().total)
+        except LoadError as e:
+            logging.getLogger("gameday").error("%s: the load is not sound", e)
+            environment.process_exit_code = 2
+            return
         logging.getLogger("gameday").info("account: %s", end)
         if end.planned != end.ok + end.failed + end.shed + end.censored:
             environment.process_exit_code = 2

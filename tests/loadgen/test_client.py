@@ -6,10 +6,14 @@ The client needs gevent and a process of its own: `ask` runs it in one.
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,19 +58,19 @@ class Asker:
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", CLIENT]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, *ports: int, **more: object) -> list[Reply]:
         given = {"ports": ports, "host": "127.0.0.1", "stream": True, "files": 0, "fresh": False, "first": 0.8}
         given |= {"times": 1, "at_once": False, **more}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(given) + "\n")
-        self._process.stdin.flush()
-        return [reply_of(data) for data in json.loads(self._process.stdout.readline())]
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(given) + "\n")
+        self.process.stdin.flush()
+        return [reply_of(data) for data in json.loads(self.process.stdout.readline())]
 
     def close(self) -> None:
-        self._process.communicate(timeout=10)
+        self.process.communicate(timeout=10)
 
 
 @contextmanager
@@ -237,6 +241,29 @@ def test_an_address_that_swallows_everything_does_not_hide_the_next(ask: Asker) 
     finally:
         hole.close()
         nobody.close()
+
+
+def test_our_own_sleep_is_not_the_services_stall() -> None:
+    """A client that stood still finds the answer in its socket: it is read before a limit is judged."""
+    spoke, slept = threading.Event(), threading.Event()
+
+    def way(server: Failing, conn: socket.socket) -> None:
+        conn.sendall(misbehave.HEAD + chunk(event("a")))
+        server.pause(0.1)
+        conn.sendall(chunk(event("b")))
+        spoke.set()
+        slept.wait(10)
+        conn.sendall(chunk(event("c")) + chunk(STOP) + chunk(DONE) + b"0\r\n\r\n")
+
+    with asker() as own, serving(way) as server, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(own, server.port)
+        assert spoke.wait(20)
+        own.process.send_signal(signal.SIGSTOP)
+        slept.set()
+        time.sleep(1.5)  # beyond the stall limit of 0.6 s
+        own.process.send_signal(signal.SIGCONT)
+        (reply,) = asked.result()
+    assert (reply.outcome, reply.tokens) == (Outcome.OK, 3)
 
 
 def test_our_own_shortage_is_not_the_services_failure() -> None:
