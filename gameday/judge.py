@@ -35,7 +35,7 @@ PASS, FAIL, INCONCLUSIVE, ERROR = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSI
 
 RUN_QUEUE = 0.05  # share of a second that a load worker may wait for a CPU
 DELAY = 0.010  # seconds of schedule delay (p99) that are still the service's latency and not ours
-SATURATED_SHARE = 0.05  # of a phase's seconds; what they can hide is said in `_fit`
+SATURATED_SHARE = 0.05  # of a phase's seconds; what they can hide is said in `fit`
 SILENT = 3.0  # seconds without a heartbeat after which a worker is taken for lost
 FEWEST_REQUESTS = 50  # in every judged phase
 
@@ -85,7 +85,7 @@ def soundness(timeline: Timeline, objectives: Objectives, findings: tuple[Findin
     return (
         _load_conserved(timeline),
         _enough(timeline, objectives),
-        _fit(timeline),
+        fit(timeline),
         _aimed(timeline),
         _steady(timeline, findings),
         _proven(timeline),
@@ -187,7 +187,7 @@ def _shed_share(timeline: Timeline) -> float:
     return sum(r.outcome is Outcome.CLIENT_SHED for r in some) / len(some) if some else 0.0
 
 
-def _fit(timeline: Timeline) -> Finding:
+def fit(timeline: Timeline) -> Finding:
     """The load generator kept its schedule in the judged phases, second by second.
 
     Single seconds of a busy machine are tolerated, one in twenty per phase: latency counts from the intended instant,

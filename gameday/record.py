@@ -124,7 +124,7 @@ def verdict_json(judgement: Judgement) -> dict[str, Any]:
 def read_verdict(directory: Path) -> Judgement:
     """What `write_verdict` wrote."""
     path = directory / "verdict.json"
-    return _build(Judgement, _read_json(path), str(path.name))
+    return build(Judgement, _read_json(path), str(path.name))
 
 
 # ── the seal ────────────────────────────────────────────────────────────────────────────────────
@@ -176,13 +176,13 @@ def load(directory: Path, *, sealed: bool = True) -> tuple[Timeline, Objectives]
     for key in ("about", "fault", "objectives"):
         if key not in run:
             raise RecordError(f"{directory / 'run.json'} has no {key!r}")
-    about = _build(About, run["about"], "run.json: about")
-    fault = _build(FaultFacts, run["fault"], "run.json: fault")
+    about = build(About, run["about"], "run.json: about")
+    fault = build(FaultFacts, run["fault"], "run.json: fault")
     objectives = Objectives.from_json(run["objectives"])
     replies = [
-        _build(Reply, line, at) for path in sorted(directory.glob("replies.*.jsonl")) for line, at in _lines(path)
+        build(Reply, line, at) for path in sorted(directory.glob("replies.*.jsonl")) for line, at in _lines(path)
     ]
-    samples = [_build(Sample, line, at) for line, at in _lines(directory / "samples.jsonl")]
+    samples = [build(Sample, line, at) for line, at in _lines(directory / "samples.jsonl")]
     events = [
         _event(line, at)
         for path in (directory / "events.jsonl", *sorted(directory.glob("load.*.jsonl")))
@@ -208,7 +208,7 @@ def _event(line: dict[str, Any], at: str) -> Event:
     kind = line.pop("kind", None)
     if kind not in EVENTS:
         raise RecordError(f"{at}: no such kind of event: {kind!r}")
-    event: Event = _build(EVENTS[kind], line, at)
+    event: Event = build(EVENTS[kind], line, at)
     return event
 
 
@@ -253,7 +253,7 @@ def _shape(cls: Any) -> tuple[dict[str, Any], frozenset[str]]:
     return shape, needed
 
 
-def _build(cls: type[T], line: Any, at: str) -> T:
+def build(cls: type[T], line: Any, at: str) -> T:
     """Make a `cls` of a JSON object; unknown keys, missing keys and wrong types are refused with the place."""
     if not isinstance(line, dict):
         raise RecordError(f"{at}: a JSON object is expected for {cls.__name__}")
@@ -293,7 +293,7 @@ def _value(hint: Any, value: Any, at: str) -> Any:  # noqa: PLR0911  # one retur
         if value in {member.value for member in hint}:
             return hint(value)
     elif hasattr(hint, "__dataclass_fields__"):
-        return _build(hint, value, at)
+        return build(hint, value, at)
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
         return {str(k): _value(args[1], v, at) for k, v in value.items()}
     if origin is UnionType or str(origin) == "typing.Union":

@@ -32,7 +32,7 @@ from gameday.windows import Window, counted, fault_low, first, marks, of, window
 
 CHANCE = 0.005  # of a run of m good requests while the outage still lasts
 SMALLEST_SHARE = 0.1
-TAIL = 20  # bad requests from which the share at an outage's end is estimated
+TAIL = 20  # bad requests from which the share at an outage's beginning or end is estimated
 FEW = 5  # bad requests below which a share is not estimated but taken for the smallest
 NEAR = 1.0  # seconds after the effect in which even a tolerated outage is blamed on the fault
 
@@ -77,7 +77,8 @@ class Series:
     @classmethod
     def of(cls, replies: Sequence[Reply], asked: Asked, start: float, end: float) -> Series:
         good = tuple(asked.good(r) for r in replies)
-        sent = tuple(max(r.t_intended, r.t_start or r.t_intended) for r in replies)
+        # On the wire at `t_sent`: a client that was stalled or still connecting has sent nothing before.
+        sent = tuple(max(r.t_intended, r.t_start or r.t_intended, r.t_sent or r.t_intended) for r in replies)
         bad_before = tuple(accumulate((not g for g in good), initial=0))
         return cls(tuple(r.t_intended for r in replies), sent, good, bad_before, start, end)
 
@@ -176,22 +177,37 @@ def examine(timeline: Timeline, asked: Asked) -> Measured:
     series = Series.of(sorted(chosen, key=lambda r: (r.t_intended, r.seq)), asked, low or 0.0, end)
     if fault is None or low is None:
         return Measured(None, None, series, (), math.inf)
-    point = _fault_point(timeline, fault, asked)
+    seen = outages(series, asked)
+    point = _fault_point(timeline, asked, series, fault, seen)
     edges = (low, *series.t, end)
     gap = max(b - a for a, b in pairwise(edges))
-    backs = tuple(_back(timeline, asked, series, fault, o) for o in outages(series, asked))
+    backs = tuple(_back(timeline, asked, series, fault, o) for o in seen)
     return Measured(fault, point, series, backs, gap)
 
 
-def _fault_point(timeline: Timeline, fault: Window, asked: Asked) -> float:
-    """The best guess of F within its bounds: the first sign of harm, or the middle when there is none."""
-    signs = [
-        r.t_end if r.t_intended < fault.start else r.t_intended
+def _fault_point(timeline: Timeline, asked: Asked, series: Series, fault: Window, seen: Sequence[Outage]) -> float:
+    """The best guess of F within its bounds: not long before the first sign of harm, or the proof.
+
+    A request that was sent after F and was good all the same is as likely as the outage's share of good ones; so the
+    middle of the bounds is a good guess only where no outage follows the proof.
+    """
+    broken = [
+        r.t_end
         for r in timeline.replies
-        if counted(r) and r.t_end >= fault.start and not asked.good(r)
+        if counted(r) and r.t_intended < fault.start <= r.t_end < fault.end and not asked.good(r)
     ]
-    before_proof = [t for t in signs if fault.start <= t <= fault.end]
-    return min(before_proof, default=(fault.start + fault.end) / 2)
+    lo, hi = bisect_left(series.t, fault.start), bisect_right(series.t, fault.end)
+    first_bad = next((i for i in range(lo, len(series.t)) if not series.good[i]), None)
+    if broken and (first_bad is None or min(broken) < series.t[first_bad]):
+        return min(broken)
+    if first_bad is None or first_bad - hi >= RUN:
+        return (fault.start + fault.end) / 2
+    outage = next(o for o in seen if o.first <= first_bad <= o.last)
+    bads = [i for i in range(outage.first, outage.last + 1) if not series.good[i]][:TAIL]
+    share = series.share_bad(outage.first, bads[-1] + 1)
+    latest = min(fault.end, series.t[first_bad])
+    edges = [latest, *(series.t[i] for i in range(min(first_bad, hi) - 1, lo - 1, -1)), fault.start]
+    return _halfway(edges, share)
 
 
 def outages(series: Series, asked: Asked) -> list[Outage]:
@@ -254,8 +270,8 @@ def _wilson_low(k: int, n: int) -> float:
 def _back(timeline: Timeline, asked: Asked, series: Series, fault: Window, outage: Outage) -> Back:
     last, m, share = _turn(series, asked, outage)
     low = series.t[last]
-    high = _sent(series, (last if last == outage.last else outage.last) + m)
-    sure = _sent(series, outage.last + RUN) if outage.last + RUN < len(series.t) else None
+    high = _sent(series, outage.last, m)
+    sure = _sent(series, outage.last, RUN) if outage.last + RUN < len(series.t) else None
     point = _median(series, last, m, share)
     held = not outage.broken or _held_at_end(series, asked)
     onset, clock = _onset(timeline, asked, series, fault, outage)
@@ -267,8 +283,11 @@ def _back(timeline: Timeline, asked: Asked, series: Series, fault: Window, outag
     return Back(outage, onset, clock, point, low, series.t[outage.last], max(high, low), sure, held, by_heal)
 
 
-def _sent(series: Series, i: int) -> float:
-    return series.sent[i] if i < len(series.t) else series.end
+def _sent(series: Series, last: int, m: int) -> float:
+    """When the last of the m requests after `last` was sent: requests may leave in another order than intended."""
+    if last + m >= len(series.t):
+        return series.end
+    return max(series.sent[last + 1 : last + m + 1])
 
 
 def _turn(series: Series, asked: Asked, outage: Outage) -> tuple[int, int, float]:
@@ -286,11 +305,19 @@ def _turn(series: Series, asked: Asked, outage: Outage) -> tuple[int, int, float
 
 
 def _median(series: Series, last: int, m: int, share: float) -> float:
-    """The median of R: gap j after the last bad request is as likely as its width times (1 − q)^j."""
-    edges = [series.t[last], *(series.sent[i] for i in range(last + 1, min(last + m, len(series.t) - 1) + 1))]
+    """The median of R, after the last bad request and before the m-th good one."""
+    edges = [series.t[last], *sorted(series.sent[last + 1 : last + m + 1])]
     if len(edges) < 2:
         return min(series.end, series.t[last])
-    weights = [max(0.0, b - a) * (1 - share) ** j for j, (a, b) in enumerate(pairwise(edges))]
+    return _halfway(edges, share)
+
+
+def _halfway(edges: Sequence[float], share: float) -> float:
+    """The median of an instant near `edges[0]`: gap j from there is as likely as its width times (1 − q)^j.
+
+    The edges are good requests, each of which the outage would have let through with 1 − q.
+    """
+    weights = [abs(b - a) * (1 - share) ** j for j, (a, b) in enumerate(pairwise(edges))]
     half = sum(weights) / 2
     for weight, (a, b) in zip(weights, pairwise(edges), strict=True):
         if weight >= half:
