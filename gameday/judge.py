@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 
 from gameday import recovery
@@ -29,6 +30,7 @@ from gameday.model import (
     Verdict,
 )
 from gameday.objectives import Objectives, Recovers
+from gameday.objectives.base import where
 from gameday.windows import counted, first, marks, of, requests, window
 
 PASS, FAIL, INCONCLUSIVE, ERROR = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.ERROR
@@ -42,7 +44,7 @@ FEWEST_REQUESTS = 50  # in every judged phase
 
 def judge(timeline: Timeline, objectives: Objectives) -> Judgement:
     """Hold every objective, and the run itself, against the timeline."""
-    findings = tuple(o.judge(timeline, phase) for phase, o in objectives.items())
+    findings = tuple(_with_evidence(timeline, phase, o.judge(timeline, phase)) for phase, o in objectives.items())
     run = soundness(timeline, objectives, findings)
     asked = [o for _, o in objectives.items() if isinstance(o, Recovers)]
     measured = recovery.measure(timeline, asked[0]) if asked else None
@@ -57,6 +59,14 @@ def judge(timeline: Timeline, objectives: Objectives) -> Judgement:
         about.target,
         about.reproduce,
     )
+
+
+def _with_evidence(timeline: Timeline, phase: Phase, finding: Finding) -> Finding:
+    """A finding that has nothing bad to show names at least the window in which it looked."""
+    span = window(timeline, phase)
+    if finding.evidence or span is None:
+        return finding
+    return replace(finding, evidence=f"{finding.samples} looked at, {where(timeline, span.start, span.end)}")
 
 
 def verdict_of(run: Iterable[Finding], findings: Iterable[Finding]) -> Verdict:

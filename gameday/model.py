@@ -128,6 +128,7 @@ class Sample:
     value: float | None
     error: str = ""
     raw: str = ""  # the answer as it came (JSON), for the evidence
+    told: float | None = None  # the answer's own time, Unix seconds by Prometheus' clock
 
 
 # ── events.jsonl ────────────────────────────────────────────────────────────────────────────────

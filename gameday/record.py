@@ -37,8 +37,13 @@ class Recorder:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._events = (directory / "events.jsonl").open("ab")
-        self._samples = (directory / "samples.jsonl").open("ab")
+        try:  # never appended to: two runs in one record would be judged as one
+            self._events = (directory / "events.jsonl").open("xb")
+            self._samples = (directory / "samples.jsonl").open("xb")
+        except FileExistsError as taken:
+            raise RecordError(
+                f"{directory} holds the record of another run: choose another name for this one"
+            ) from taken
 
     def event(self, event: Event) -> None:
         self._append(self._events, {"kind": event.kind, **plain(event)})

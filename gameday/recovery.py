@@ -28,7 +28,7 @@ from typing import Literal, Protocol
 
 from gameday.model import EndpointMark, Phase, PodMark, Recovery, Reply, Step, Timeline
 from gameday.units import show_duration
-from gameday.windows import Window, counted, fault_low, first, marks, of, window
+from gameday.windows import Window, chosen, counted, fault_low, first, marks, of, window
 
 CHANCE = 0.005  # of a run of m good requests while the outage still lasts
 SMALLEST_SHARE = 0.1
@@ -58,6 +58,8 @@ class Asked(Protocol):
     def at_least(self) -> float: ...
     @property
     def recovers(self) -> Literal["by_failover", "after_heal"]: ...
+    @property
+    def cls(self) -> str | None: ...
     def good(self, reply: Reply) -> bool:
         """Whether the request ended properly within the latency objectives."""
         ...
@@ -173,8 +175,8 @@ def examine(timeline: Timeline, asked: Asked) -> Measured:
     low = fault_low(timeline)
     spans = [w for p in (Phase.DURING, Phase.AFTER) if (w := window(timeline, p))]
     end = max((w.end for w in spans), default=low if low is not None else 0.0)
-    chosen = [] if low is None else [r for r in timeline.replies if counted(r) and low <= r.t_intended < end]
-    series = Series.of(sorted(chosen, key=lambda r: (r.t_intended, r.seq)), asked, low or 0.0, end)
+    some = [] if low is None else [r for r in chosen(timeline, asked.cls) if low <= r.t_intended < end]
+    series = Series.of(sorted(some, key=lambda r: (r.t_intended, r.seq)), asked, low or 0.0, end)
     if fault is None or low is None:
         return Measured(None, None, series, (), math.inf)
     seen = outages(series, asked)
@@ -193,8 +195,8 @@ def _fault_point(timeline: Timeline, asked: Asked, series: Series, fault: Window
     """
     broken = [
         r.t_end
-        for r in timeline.replies
-        if counted(r) and r.t_intended < fault.start <= r.t_end < fault.end and not asked.good(r)
+        for r in chosen(timeline, asked.cls)
+        if r.t_intended < fault.start <= r.t_end < fault.end and not asked.good(r)
     ]
     lo, hi = bisect_left(series.t, fault.start), bisect_right(series.t, fault.end)
     first_bad = next((i for i in range(lo, len(series.t)) if not series.good[i]), None)

@@ -75,11 +75,15 @@ def requests(timeline: Timeline, phase: Phase, cls: str | None = None, zone: str
     if span is None:
         return []
     harm = fault_low(timeline)
-    chosen = (r for r in timeline.replies if counted(r) and _belongs(r, phase, span, harm))
-    return sorted(
-        (r for r in chosen if (cls is None or r.cls == cls) and (zone is None or _in_zone(r, zone))),
-        key=lambda r: (r.t_intended, r.seq),
-    )
+    some = (r for r in chosen(timeline, cls, zone) if _belongs(r, phase, span, harm))
+    return sorted(some, key=lambda r: (r.t_intended, r.seq))
+
+
+def chosen(timeline: Timeline, cls: str | None, zone: str | None = None) -> Iterator[Reply]:
+    """All requests of a class and a zone that say something about the service, in whatever order they are recorded."""
+    for r in timeline.replies:
+        if counted(r) and (cls is None or r.cls == cls) and (zone is None or _in_zone(r, zone)):
+            yield r
 
 
 HANGING = 3.0  # seconds without a sign of life after which a request that we cut off is a failed one

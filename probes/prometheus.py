@@ -53,12 +53,12 @@ class Prometheus:
         if len(found) > 1:
             return Sample(at, query, name, None, error=f"{len(found)} series, not one", raw=raw)
         try:
-            value = float(found[0]["value"][1])
+            told, value = float(found[0]["value"][0]), float(found[0]["value"][1])
         except (KeyError, IndexError, TypeError, ValueError) as wrong:
             return Sample(at, query, name, None, error=f"unexpected answer ({wrong!r})", raw=raw)
         if not math.isfinite(value):
-            return Sample(at, query, name, None, error=f"value is {value}", raw=raw)
-        return Sample(at, query, name, value, raw=raw)
+            return Sample(at, query, name, None, error=f"value is {value}", raw=raw, told=told)
+        return Sample(at, query, name, value, raw=raw, told=told)
 
     def firing(self, matchers: str, expected: tuple[str, ...] = ()) -> Sample:
         """How many alerts with these label matchers fire, those named in `expected` aside; `raw` lists their names.

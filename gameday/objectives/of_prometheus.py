@@ -58,28 +58,27 @@ class Promql(Objective):
         limit = self.at_most if self.at_most is not None else self.at_least
         span = window(timeline, phase)
         found = [] if span is None else [s for s in timeline.samples if s.query == self.query and s.t in span]
-        raw = f"{self.query} → {found[-1].raw or found[-1].error or found[-1].value}" if found else self.query
-        trouble = "the phase has no window" if span is None else unsound(timeline, span, found)
-        if not trouble and self.series and span is not None:
-            trouble = stale(timeline, span, self.age)
-        if trouble:
-            return Finding(
-                phase,
-                self.title,
-                INCONCLUSIVE,
-                None,
-                limit,
-                self.unit,
-                samples=len(found),
-                evidence=f"{trouble}; {raw}",
-            )
-        values = [s.value for s in found if s.value is not None]
-        worst = max(values) if self.at_most is not None else min(values)
-        kept = worst <= self.at_most if self.at_most is not None else worst >= (self.at_least or 0.0)
-        status = PASS if kept else FAIL
-        return Finding(
-            phase, self.title, status, worst, limit, self.unit, min(values), max(values), len(values), f"worst; {raw}"
-        )
+        usable = [s.value for s in found if s.value is not None and not _unusable(timeline, s)]
+        broken = [v for v in usable if not self.keeps(v)]
+        missing = "the phase has no window" if span is None else unsound(timeline, span, found)
+        old = stale(timeline, span, self.age) if self.series and span is not None else ""
+        if old or (missing and not broken):  # a limit that was broken is broken, whatever else was not seen
+            raw = f"{self.query} → {_answer(found[-1])}" if found else self.query
+            why = f"{missing or old}; {raw}"
+            return Finding(phase, self.title, INCONCLUSIVE, None, limit, self.unit, samples=len(found), evidence=why)
+        worst = max(usable) if self.at_most is not None else min(usable)
+        at = next(s for s in found if s.value == worst)
+        evidence = f"worst at {where(timeline, at.t, at.t)}; {self.query} → {_answer(at)}"
+        status = FAIL if broken else PASS
+        low, high = min(usable), max(usable)
+        return Finding(phase, self.title, status, worst, limit, self.unit, low, high, len(usable), evidence)
+
+    def keeps(self, value: float) -> bool:
+        return value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0.0)
+
+
+def _answer(sample: Sample) -> str:
+    return sample.raw or sample.error or str(sample.value)
 
 
 FEWEST = 4  # scrape intervals that a window must hold, and samples
@@ -111,6 +110,8 @@ def _unusable(timeline: Timeline, sample: Sample) -> str:
     if not math.isfinite(sample.value):
         return f"the value is {sample.value}"
     ahead = _clock_ahead(timeline, sample)
+    if ahead is None:
+        return "its answer does not tell its time, so that its clock cannot be held against ours"
     if abs(ahead) > max(CLOCKS_APART, timeline.about.scrape_interval):
         return f"Prometheus' clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} ours"
     return ""
@@ -120,11 +121,14 @@ ANSWERS_WITHIN = 3.0  # seconds between our question's instant and the one of th
 CLOCKS_APART = 2.0  # seconds that clocks may differ
 
 
-def _clock_ahead(timeline: Timeline, sample: Sample) -> float:
-    """By how much the answer's own time differs from ours beyond what answering takes; 0 where it has none."""
-    told = _told_time(sample.raw)
+def _clock_ahead(timeline: Timeline, sample: Sample) -> float | None:
+    """By how much the answer's own time differs from ours beyond what answering takes; None when it tells none.
+
+    A sample without any answer was not asked of a Prometheus (a test's, or an older record's): 0.
+    """
+    told = sample.told if sample.told is not None else _told_time(sample.raw)
     if told is None:
-        return 0.0
+        return None if sample.raw else 0.0
     ours = Epoch(timeline.about.epoch_wall, timeline.about.epoch_mono).to_wall(sample.t)
     if told < ours:
         return told - ours

@@ -17,11 +17,12 @@ from gameday.objectives.base import (
     check_seconds,
     check_share,
     objective,
+    suffix,
     unseen,
     where,
 )
 from gameday.units import Seconds, show_duration
-from gameday.windows import counted, fault_low, window
+from gameday.windows import chosen, fault_low, window
 
 LAST_WORD = 1.0  # seconds without a request at the end of the observation that may be chance at a few per second
 
@@ -42,6 +43,7 @@ class Recovers(Objective):
     first_token: Seconds | None = None
     end_to_end: Seconds | None = None
     recovers: Literal["by_failover", "after_heal"] = "by_failover"
+    cls: str | None = None
 
     def __post_init__(self) -> None:
         check_seconds("Recovers.within", self.within)
@@ -55,7 +57,7 @@ class Recovers(Objective):
     @property
     def title(self) -> str:
         of_heal = " of the heal" if self.recovers == "after_heal" else ""
-        return f"recovers within {show_duration(self.within)}{of_heal}"
+        return f"recovers{suffix(self.cls, None)} within {show_duration(self.within)}{of_heal}"
 
     def good(self, reply: Reply) -> bool:
         late = self.first_token is not None and (reply.ttft is None or reply.ttft > self.first_token)
@@ -66,7 +68,8 @@ class Recovers(Objective):
         found = recovery.examine(timeline, self)
         measured = recovery.summary(timeline, found)
         status, why = self._status(found)
-        last = max((r.t_intended for r in timeline.replies if r.t_intended <= found.series.end), default=-math.inf)
+        ours = (r.t_intended for r in timeline.replies if self.cls is None or r.cls == self.cls)
+        last = max((t for t in ours if t <= found.series.end), default=-math.inf)
         quiet = found.series.end - last
         if status is PASS and quiet > LAST_WORD:
             status, why = INCONCLUSIVE, f"no request in the last {quiet:.0f} s: the load ended before the window"
@@ -119,6 +122,8 @@ class StaysUp(Objective):
 
     mtd: Seconds
     up_from: float = 0.5
+    cls: str | None = None
+    zone: str | None = None
 
     def __post_init__(self) -> None:
         check_seconds("StaysUp.mtd", self.mtd)
@@ -126,7 +131,7 @@ class StaysUp(Objective):
 
     @property
     def title(self) -> str:
-        return f"never down for longer than {show_duration(self.mtd)}"
+        return f"never down{suffix(self.cls, self.zone)} for longer than {show_duration(self.mtd)}"
 
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
         start = fault_low(timeline)
@@ -135,9 +140,9 @@ class StaysUp(Objective):
             return unseen(phase, self.title, self.mtd, "nothing was observed after the fault", "s")
         count = math.floor((max(ends) - start) / BIN)
         good, total = [0] * count, [0] * count
-        for r in timeline.replies:
+        for r in chosen(timeline, self.cls, self.zone):
             at = math.floor((r.t_intended - start) / BIN)
-            if counted(r) and 0 <= at < count:
+            if 0 <= at < count:
                 total[at] += 1
                 good[at] += r.ok
         longest, at = _longest([g < self.up_from * n or n == 0 for g, n in zip(good, total, strict=True)])

@@ -114,18 +114,19 @@ class Quantiles(Objective):
         some = requests(timeline, phase, self.cls, self.zone)
         pairs = [(v, r.t_intended) for r in some for v in self.values(r)]
         ordered = sorted(v for v, _ in pairs)
-        answered = sum(1 for v in ordered if v < math.inf)
+        answered = sum(1 for r in some if r.ok for v in self.values(r) if v < math.inf)
         needed = max(30, math.ceil(2 / (1 - p) - 1e-6))
         if not ordered:
             return Finding(phase, self.title, INCONCLUSIVE, None, limit, "s", evidence="nothing to measure")
         value, low, high = quantile(ordered, p)
         evidence = worst_time(timeline, [t for v, t in pairs if v > limit])
-        if answered < len(ordered):
-            evidence = f"{len(ordered) - answered} of {len(ordered)} never came; {evidence}".rstrip("; ")
+        if never := sum(1 for v in ordered if v == math.inf):
+            evidence = f"{never} of {len(ordered)} never came; {evidence}".rstrip("; ")
         status = PASS if value <= limit else FAIL
         if answered < needed:
-            # Too few answers prove nothing good; enough that never came prove the opposite.
-            status = FAIL if status is FAIL and len(ordered) >= needed else INCONCLUSIVE
+            # Too few answers prove nothing good; so many late ones as break the limit among enough prove the opposite.
+            late = sum(1 for v in ordered if v > limit)
+            status = FAIL if late > (1 - p) * max(needed, len(ordered)) + 1e-9 else INCONCLUSIVE
             evidence = f"{answered} answers are too few, {needed} are needed; {evidence}".rstrip("; ")
         return Finding(
             phase, self.title, status, finite(value), limit, "s", finite(low), finite(high), len(ordered), evidence
@@ -146,14 +147,19 @@ class FirstToken(Quantiles):
 @objective
 @dataclass(frozen=True, slots=True)
 class InterToken(Quantiles):
-    """Gaps between tokens, of all streams together; a stream that stalled has the gap until we gave it up."""
+    """Gaps between tokens, of all streams together.
+
+    A stream that broke has the gap until it was given up, and one without end when that is within the limit: its next
+    token never came. Its good gaps are worth nothing, lest many broken streams outweigh one stall.
+    """
 
     what: ClassVar[str] = "inter-token"
 
     def values(self, reply: Reply) -> Sequence[float]:
         if reply.outcome in STREAM_BROKEN and reply.t_first is not None:
             last = reply.t_first if reply.t_last_progress is None else reply.t_last_progress
-            return (*reply.itl, reply.t_end - last)
+            limit, gap = self.at[1], reply.t_end - last
+            return (*(v for v in reply.itl if v > limit), gap if gap > limit else math.inf)
         return reply.itl
 
 
@@ -216,6 +222,7 @@ class TokensPerSecond(Objective):
 
     at_least: float
     cls: str | None = None
+    zone: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.at_least < math.inf:
@@ -223,11 +230,11 @@ class TokensPerSecond(Objective):
 
     @property
     def title(self) -> str:
-        return f"tokens{suffix(self.cls, None)} ≥ {self.at_least:g}/s"
+        return f"tokens{suffix(self.cls, self.zone)} ≥ {self.at_least:g}/s"
 
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
         span = window(timeline, phase)
-        some = [r for r in requests(timeline, phase, self.cls) if r.ok]
+        some = [r for r in requests(timeline, phase, self.cls, self.zone) if r.ok]
         if span is None or len(some) < needed_for(0.0) or span.length < 2:
             return unseen(phase, self.title, self.at_least, f"{len(some)} good requests are too few", "1/s")
         per_second: Counter[int] = Counter()
@@ -261,10 +268,11 @@ class Capacity(Objective):
 
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
         now, then = window(timeline, phase), window(timeline, Phase.BEFORE)
-        asked = len(requests(timeline, Phase.BEFORE, self.cls))
+        steady = requests(timeline, Phase.BEFORE, self.cls)
+        asked, answered = len(steady), sum(r.ok for r in steady)
         good = sum(1 for r in requests(timeline, phase, self.cls) if r.ok)
-        if now is None or then is None or asked < needed_for(self.at_least):
-            return unseen(phase, self.title, self.at_least, f"{asked} requests before the fault are too few", "share")
+        if now is None or then is None or answered < needed_for(self.at_least):
+            return unseen(phase, self.title, self.at_least, f"{answered} answers before the fault are too few", "share")
         observed = (good / now.length) / (asked / then.length)
         # Both counts vary: of a Poisson count n, by its square root.
         error = observed * math.sqrt(1 / max(good, 1) + 1 / asked)
@@ -287,6 +295,7 @@ class Availability(Objective):
     period: Seconds = 30 * 86400.0
     burns_at_most: float = 1.0
     cls: str | None = None
+    zone: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.slo < 1:
@@ -297,18 +306,23 @@ class Availability(Objective):
     @property
     def title(self) -> str:
         days = f"{self.period / 86400:g} days"
-        return f"availability {share(self.slo)}: burns ≤ {share(self.burns_at_most)} of the budget of {days}"
+        of = suffix(self.cls, self.zone)
+        return f"availability{of} {share(self.slo)}: burns ≤ {share(self.burns_at_most)} of the budget of {days}"
 
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
-        span, some = window(timeline, phase), requests(timeline, phase, self.cls)
+        span, some = window(timeline, phase), requests(timeline, phase, self.cls, self.zone)
         ok = sum(1 for r in some if r.ok)
         budget = (1 - self.slo) * self.period
-        if span is None or len(some) < needed_for(0.0):
-            return unseen(phase, self.title, self.burns_at_most, f"{len(some)} requests are too few", "share")
+        if span is None or not some:
+            return unseen(phase, self.title, self.burns_at_most, "no request in this phase", "share")
         low, high = (x * span.length / budget for x in wilson(len(some) - ok, len(some)))
         lost = (len(some) - ok) / len(some) * span.length
         evidence = f"{lost:.1f} s of {show_duration(budget)}"
         status = PASS if lost / budget <= self.burns_at_most else FAIL
+        if ok < needed_for(0.0):  # good ones: failures must not make a phase judgeable
+            least = (len(some) - ok) / max(needed_for(0.0), len(some)) * span.length
+            status = FAIL if least / budget > self.burns_at_most else INCONCLUSIVE
+            evidence = f"{ok} good requests are too few, {needed_for(0.0)} are needed; {evidence}"
         return Finding(
             phase, self.title, status, lost / budget, self.burns_at_most, "share", low, high, len(some), evidence
         )
@@ -322,14 +336,23 @@ class UnbrokenStreams(Objective):
     except_on: Literal["", "targets"] = ""
     at_most: int = 0
     cls: str | None = None
+    zone: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.except_on not in ("", "targets"):
+            raise ExperimentError(f'UnbrokenStreams.except_on is "targets" or nothing, not {self.except_on!r}')
+        if self.at_most < 0:
+            raise ExperimentError(f"UnbrokenStreams.at_most cannot be negative, as {self.at_most} is")
 
     @property
     def title(self) -> str:
         on = ", except on the targets" if self.except_on else ""
-        return f"{self.at_most or 'no'} stream{'' if self.at_most == 1 else 's'} broken{on}{suffix(self.cls, None)}"
+        return (
+            f"{self.at_most or 'no'} stream{'' if self.at_most == 1 else 's'} broken{on}{suffix(self.cls, self.zone)}"
+        )
 
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
-        some = [r for r in requests(timeline, phase, self.cls) if r.t_first is not None]
+        some = [r for r in requests(timeline, phase, self.cls, self.zone) if r.t_first is not None]
         targets = {p.rsplit("/", 1)[-1] for p in timeline.fault.pods} if self.except_on == "targets" else set()
         broken = [r for r in some if r.outcome in STREAM_BROKEN]
         # A stream whose pods we do not know may have run anywhere: it counts.
