@@ -20,7 +20,7 @@ import yaml
 from faults import Fault, Zone
 from faults.act import manifests
 from gameday import arena as arena_, settings as settings_
-from gameday.errors import GamedayError, MissingCapability, TargetError
+from gameday.errors import ExperimentError, GamedayError, MissingCapability, TargetError
 from gameday.model import Counts, Finding, Judgement, Verdict
 from gameday.objectives import Objective, Objectives
 from gameday.preflight import Preflight
@@ -89,13 +89,18 @@ class Run:
                 with Uncaptured(self._item.config):
                     dry_run(arena, spec)
                 pytest.skip("dry run: manifests validated, nothing applied")
-            for trial in range(1, arena.settings.trials + 1):
-                judged.append(self._trial(arena, spec, trial))
-                if self._item.session.shouldstop:
-                    break
-            if len(judged) > 1:
+            if (arena.root / spec.name).exists():
+                raise ExperimentError(f"Two experiments are called {spec.name}, whose records would mix: rename one.")
+            asked = arena.settings.trials
+            while len(judged) < asked and not self._item.session.shouldstop:
+                judged.append(self._trial(arena, spec, len(judged) + 1))
+            if asked > 1:
                 with Uncaptured(self._item.config):
-                    arena.say(f"{spec.name}: {pool(judged).story}")
+                    arena.say(f"{spec.name}: {pool(judged, asked).story}")
+            if len(judged) < asked:
+                told = not_begun(spec.name, f"{len(judged)} of {asked} trials ran", Verdict.INCONCLUSIVE)
+                remember(self._item, told)
+                judged.append(told)
             return judged
         except GamedayError as wrong:
             if isinstance(wrong, MissingCapability) and not judged and wrong.name in self._allowed():
@@ -176,10 +181,10 @@ def name_of(item: pytest.Item) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", item.name.removeprefix("test_")).strip("._") or "experiment"
 
 
-def not_begun(name: str, text: str) -> Judgement:
-    """The judgement of an experiment that could not begin."""
-    finding = Finding("run", "experiment could begin", Verdict.ERROR, None, None, "", evidence=text)
-    return Judgement(name, Verdict.ERROR, (finding,), None, Counts(), 0, "", f"pytest experiments -k {name}")
+def not_begun(name: str, text: str, verdict: Verdict = Verdict.ERROR) -> Judgement:
+    """The judgement of an experiment, or of a trial, that could not begin."""
+    finding = Finding("run", "experiment could begin", verdict, None, None, "", evidence=text)
+    return Judgement(name, verdict, (finding,), None, Counts(), 0, "", f"pytest experiments -k {name}")
 
 
 def remember(item: pytest.Item, judgement: Judgement) -> None:

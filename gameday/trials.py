@@ -19,7 +19,8 @@ from gameday.units import show_duration
 class Pooled:
     """One objective over all trials. `observed` is the mean of the trials', weighted by their samples.
 
-    `low` and `high` span the intervals of all trials: what any of them leaves possible.
+    `low` and `high` span the intervals of all trials: what any of them leaves possible. `least` and `most` are the
+    trials' own values: the worst case is one of them.
     """
 
     phase: Phase | Literal["run"]
@@ -30,13 +31,18 @@ class Pooled:
     observed: float | None
     low: float | None
     high: float | None
+    least: float | None
+    most: float | None
     limit: float | None
     unit: str
 
 
 @dataclass(frozen=True, slots=True)
 class Trials:
-    """`passed` of `of` trials passed; `verdict` is the worst; `recovery` is the slowest trial's."""
+    """`passed` of `of` trials passed; `verdict` is the worst; `recovery` is the slowest trial's.
+
+    `of` counts the trials that were asked for; one that never ran has not passed.
+    """
 
     experiment: str
     passed: int
@@ -59,24 +65,29 @@ class Trials:
         return f"{told} · slowest recovery {slowest}"
 
 
-def pool(judgements: Sequence[Judgement]) -> Trials:
-    """All trials of one experiment, in any order. Raises ValueError for none, or for several experiments."""
+def pool(judgements: Sequence[Judgement], asked: int | None = None) -> Trials:
+    """All trials of one experiment, in any order; `asked`: how many there should be, by default as many as there are.
+
+    Raises ValueError for none, or for several experiments.
+    """
     names = {j.experiment for j in judgements}
     if len(names) != 1:
         raise ValueError(f"trials of one experiment are pooled, not of {sorted(names)}")
     passed = sum(j.passed for j in judgements)
     measured = [j.recovery for j in judgements if j.recovery is not None]
     highs = [r.high for r in measured if r.high is not None]
-    low, high = wilson(passed, len(judgements))
+    count = max(len(judgements), asked or 0)
+    missing = [Verdict.INCONCLUSIVE] * (count - len(judgements))
+    low, high = wilson(passed, count)
     return Trials(
         experiment=names.pop(),
         passed=passed,
-        of=len(judgements),
-        verdict=Verdict.worst(j.verdict for j in judgements),
-        findings=_pool_findings(judgements),
+        of=count,
+        verdict=Verdict.worst([*missing, *(j.verdict for j in judgements)]),
+        findings=_pool_findings(judgements, count),
         recovery=max(measured, key=_slow, default=None),
         recovery_low=min((r.low for r in measured if r.low is not None), default=None),
-        recovery_high=max(highs) if highs and len(highs) == len(measured) else None,
+        recovery_high=max(highs) if highs and len(highs) == len(measured) and not missing else None,
         pass_rate_low=low,
         pass_rate_high=high,
     )
@@ -86,12 +97,12 @@ def _slow(recovery: Recovery) -> tuple[bool, float]:
     return recovery.seconds is None, recovery.seconds or 0.0
 
 
-def _pool_findings(judgements: Sequence[Judgement]) -> tuple[Pooled, ...]:
+def _pool_findings(judgements: Sequence[Judgement], trials: int) -> tuple[Pooled, ...]:
     groups: dict[tuple[str, str], list[Finding]] = {}
     for judgement in judgements:
         for f in judgement.findings:
             groups.setdefault((str(f.phase), f.objective), []).append(f)
-    return tuple(_pool_one(some, len(judgements)) for some in groups.values())
+    return tuple(_pool_one(some, trials) for some in groups.values())
 
 
 def _pool_one(some: Sequence[Finding], trials: int) -> Pooled:
@@ -109,6 +120,8 @@ def _pool_one(some: Sequence[Finding], trials: int) -> Pooled:
         observed=sum(x * n for x, n in seen) / total if total else None,
         low=min((f.low for f in some if f.low is not None), default=None),
         high=max((f.high for f in some if f.high is not None), default=None),
+        least=min((x for x, _ in seen), default=None),
+        most=max((x for x, _ in seen), default=None),
         limit=some[0].limit,
         unit=some[0].unit,
     )

@@ -12,15 +12,19 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 PLANNED = """
+from types import SimpleNamespace
+
 import pytest
 import gameday.experiment as plugin
+from reports.notify import Notify
 from gameday.model import Counts, Finding, Judgement, Verdict
 
 class Settings:
-    dry_run, trials, zone = False, 1, None
+    dry_run, trials, zone, allow_missing = False, 1, None, ("chaos-mesh",)
+    notify = Notify()
 
 class Arena:
-    settings, seed = Settings(), 7
+    settings, seed, say, cluster = Settings(), 7, print, SimpleNamespace(name="nowhere")
     root = __import__("pathlib").Path("nowhere")
 
 class Opened:
@@ -148,3 +152,48 @@ def test_two(experiment): run(experiment)
 """
     done = pytest_of(tmp_path, tests)
     assert done.returncode == 1 and "1 passed" in done.stdout and "1 inconclusive" in done.stdout
+
+
+TRIALS = """
+import pytest
+from gameday import experiment
+from gameday.errors import MissingCapability
+
+@pytest.fixture(autouse=True)
+def three_trials(monkeypatch, request):
+    planned = experiment.Run._trial
+    monkeypatch.setattr("conftest.Settings.trials", 3)
+
+    def trial(self, arena, spec, number):
+        if number > 1 and request.node.name == "test_missing":
+            raise MissingCapability("chaos-mesh", "it was uninstalled")
+        if number > 1 and request.node.name == "test_stopped":
+            self._item.session.shouldstop = "somebody else wants to stop"
+        return planned(self, arena, spec, number)
+
+    monkeypatch.setattr(experiment.Run, "_trial", trial)
+"""
+
+
+def test_three_trials_are_told_as_three_of_three(tmp_path: Path) -> None:
+    done = pytest_of(tmp_path, TRIALS + "@pytest.mark.planned('PASS')\ndef test_all(experiment): run(experiment)", "-s")
+    assert done.returncode == 0 and "3 of 3" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_capability_that_goes_missing_between_trials_is_no_skip(tmp_path: Path) -> None:
+    """--allow-missing excuses an experiment that could not begin, not one that lost its second trial."""
+    done = pytest_of(tmp_path, TRIALS + "@pytest.mark.planned('PASS')\ndef test_missing(experiment): run(experiment)")
+    assert done.returncode == 1 and "1 error" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+def test_fewer_trials_than_were_asked_for_are_inconclusive(tmp_path: Path) -> None:
+    tests = TRIALS + "@pytest.mark.planned('PASS')\ndef test_stopped(experiment): run(experiment)"
+    done = pytest_of(tmp_path, tests, "-s")
+    assert done.returncode != 0 and "2 of 3" in done.stdout, done.stdout + done.stderr
+
+
+def test_two_experiments_of_one_name_are_refused(tmp_path: Path) -> None:
+    """The second would have been recorded into the sealed directory of the first."""
+    (tmp_path / "nowhere" / "zone_outage").mkdir(parents=True)
+    done = pytest_of(tmp_path, "@pytest.mark.planned('PASS')\ndef test_zone_outage(experiment): run(experiment)")
+    assert done.returncode == 1 and "rename one" in done.stdout, done.stdout + done.stderr

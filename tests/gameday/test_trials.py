@@ -59,6 +59,19 @@ def test_a_trial_that_judged_less_is_not_green() -> None:
     assert recovers.worst is Verdict.INCONCLUSIVE
 
 
+def test_a_trial_that_was_asked_for_and_never_ran_has_not_passed() -> None:
+    found = pool([trial(2), trial(3)], asked=3)
+    assert (found.passed, found.of, found.verdict) == (2, 3, Verdict.INCONCLUSIVE)
+    assert found.recovery_high is None  # who knows
+    assert all(f.worst is not Verdict.PASS for f in found.findings)
+    assert found.story.startswith("2 of 3")
+
+
+def test_the_worst_case_is_one_of_the_trials() -> None:
+    recovers = next(f for f in pool([trial(2), trial(5)]).findings if f.objective.startswith("recovers"))
+    assert recovers.least == pytest.approx(2, abs=0.1) and recovers.most == pytest.approx(5, abs=0.1)
+
+
 def test_only_trials_of_one_experiment_are_pooled() -> None:
     with pytest.raises(ValueError, match="one experiment"):
         pool([])

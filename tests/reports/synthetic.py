@@ -290,7 +290,7 @@ def _sample(t: float, value: float) -> Sample:
     """As Prometheus answers: the instant in Unix seconds, the value as a string."""
     wall = ABOUT.epoch_wall + t - ABOUT.epoch_mono
     raw = f'[{{"metric": {{}}, "value": [{wall:.3f}, "{value:g}"]}}]'
-    return Sample(t, "sum(up{job='engine'})", "engines up", value, raw=raw)
+    return Sample(t, "sum(up{job='engine'})", "engines up", value, raw=raw, told=wall)
 
 
 def _load(seen: list[Reply]) -> Iterator[Event]:
