@@ -289,6 +289,13 @@ def test_a_service_that_hangs_when_the_load_stops_is_not_back() -> None:
     assert judge(ends(0.5), ASKED).verdict is PASS  # cut off while it was answering in good time
 
 
+def test_every_finding_names_its_evidence() -> None:
+    for f in judge(good(), ASKED).findings:
+        assert f.evidence or f.phase == "run", f
+    before = next(f for f in judge(good(), ASKED).findings if f.objective == "success ≥ 99.9 %")
+    assert before.evidence.endswith(" UTC") and str(before.samples) in before.evidence
+
+
 def test_asking_nothing_is_inconclusive() -> None:
     assert judge(good(), Objectives()).verdict is OPEN
     assert judge(good(), Objectives(before=ASKED.before)).verdict is PASS  # a drill of the harness itself

@@ -221,6 +221,25 @@ def test_inter_token_sees_a_stall() -> None:
     assert found.observed == pytest.approx(2.0)
 
 
+def test_broken_streams_do_not_make_inter_token_judgeable() -> None:
+    """Found by a property: 194 gaps were too few, and six resets more made them enough for a pass."""
+    run = Plant(per_second=6.0).build()  # 180 gaps during, 200 are needed
+    asked = InterToken(p99=0.5)
+    assert during(asked, run).status is OPEN
+    broken = [replace(r, seq=r.seq + 10**6, outcome=Outcome.RESET_MID) for r in run.replies][-30:]
+    assert during(asked, replace(run, replies=(*run.replies, *broken))).status is not PASS
+
+
+def test_broken_streams_do_not_outweigh_a_stall() -> None:
+    run = Plant().build()
+    slow = [replace(r, itl=(0.9,)) if r.t_intended >= HARM and r.seq % 60 == 0 else r for r in run.replies]
+    asked = InterToken(p99=0.5)
+    assert during(asked, replace(run, replies=tuple(slow))).status is FAIL
+    began = Reply(0, 0, "chat", 110.0, 110.1, Outcome.RESET_MID, t_first=110.05, itl=(0.01,) * 5, t_last_progress=110.1)
+    many = tuple(replace(began, seq=10**6 + i) for i in range(2000))
+    assert during(asked, replace(run, replies=(*slow, *many))).status is FAIL
+
+
 def test_end_to_end_and_goodput() -> None:
     run = Plant(some(0.02), ttft=lambda t: 0.6 if t >= HARM and int(t * 50) % 20 == 0 else 0.05)
     assert during(EndToEnd(p95=0.7), run).status is PASS
@@ -306,6 +325,31 @@ def test_availability_burns_the_error_budget() -> None:
     assert Availability(0.999).title == "availability 99.9 %: burns ≤ 100 % of the budget of 30 days"
 
 
+def test_failures_do_not_make_availability_judgeable() -> None:
+    few = Plant(per_second=1.5).build()  # 45 requests during, 50 good ones are needed
+    asked = Availability(0.999)
+    assert during(asked, few).status is OPEN
+    failed = tuple(replace(r, seq=r.seq + 10**6, outcome=Outcome.REFUSED) for r in few.replies[-20:])
+    assert during(asked, replace(few, replies=(*few.replies, *failed))).status is OPEN
+    assert during(Availability(0.9999, burns_at_most=0.001), Plant(lambda t: t >= HARM)).status is FAIL
+
+
+def test_by_zone_and_class_where_it_makes_sense() -> None:
+    run = Plant(lambda t: 105 <= t < 115).build()
+    named = dict(enumerate("abc"))
+    lost = [replace(r, zone=named[r.seq % 3]) if not r.ok else r for r in run.replies]
+    new = [replace(r, outcome=Outcome.OK, tokens=2) if not r.ok and r.zone != "a" else r for r in lost]
+    lost_a = replace(run, replies=tuple(new))
+    assert during(StaysUp(5.0, zone="a"), lost_a).status is FAIL
+    assert during(StaysUp(5.0, zone="b"), lost_a).status is PASS
+    assert during(StaysUp(5.0), lost_a).status is PASS
+    assert during(Availability(0.9999, burns_at_most=0.01, zone="a"), lost_a).status is FAIL
+    assert during(Availability(0.9999, burns_at_most=0.01, zone="b"), lost_a).status is PASS
+    assert during(TokensPerSecond(30, zone="b"), lost_a).status is PASS
+    assert during(TokensPerSecond(30, zone="a"), lost_a).status is FAIL
+    assert StaysUp(5.0, zone="a").title == "never down (zone a) for longer than 5 s"
+
+
 @pytest.mark.parametrize(("mtd", "wanted"), [(12.0, PASS), (10.0, OPEN), (8.0, FAIL)])
 def test_downtime_is_held_against_the_mtd(mtd: float, wanted: Verdict) -> None:
     found = during(StaysUp(mtd), Plant(lambda t: 105 <= t < 115 or 120 <= t < 124))
@@ -386,6 +430,24 @@ def test_stale_series_are_inconclusive() -> None:
     assert during(asked, run(40.0)).status is OPEN
     assert "stale" in during(asked, run(40.0)).evidence
     assert during(asked, sampled(every_second())).status is OPEN  # nobody looked at their age
+
+
+@pytest.mark.parametrize("missing", [{}, {"error": "HTTP 500"}])
+def test_a_broken_limit_is_broken_whatever_else_was_not_seen(missing: dict[str, object]) -> None:
+    blind = sampled({**every_second(), 110.5: 0.0, 112.5: None}, **missing)
+    found = during(UP, blind)
+    assert (found.status, found.observed) == (FAIL, 0.0)
+
+
+def test_an_answer_that_does_not_tell_its_time_is_inconclusive() -> None:
+    """Its clock cannot be checked: a long answer is cut short as evidence, and once passed by that."""
+    cut = json.dumps([{"metric": {"x": "y" * 3000}, "value": [ABOUT.epoch_wall, "1"]}])[:2000]
+    found = during(UP, sampled(every_second(), raw=cut))
+    assert found.status is OPEN and "does not tell its time" in found.evidence
+    told = tuple(
+        replace(s, told=ABOUT.epoch_wall + s.t - ABOUT.epoch_mono) for s in sampled(every_second(), raw=cut).samples
+    )
+    assert during(UP, Plant(samples=told)).status is PASS
 
 
 @pytest.mark.parametrize(("skew", "wanted"), [(0.0, PASS), (-1.5, PASS), (-30.0, OPEN), (30.0, OPEN), (-2.5, OPEN)])

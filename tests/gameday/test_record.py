@@ -185,6 +185,14 @@ def test_threads_append_whole_lines(tmp_path: Path) -> None:
     assert len({orjson.loads(line)["text"] for line in lines}) == 800
 
 
+def test_a_record_is_never_written_over_another(sealed: Path) -> None:
+    """Two runs of one name: appended to one another, they would be judged as one."""
+    before = (sealed / "events.jsonl").read_bytes()
+    with pytest.raises(RecordError, match="holds the record of another run"):
+        record.Recorder(sealed)
+    assert (sealed / "events.jsonl").read_bytes() == before
+
+
 def test_a_closed_record_takes_nothing_more(tmp_path: Path) -> None:
     recorder = record.Recorder(tmp_path)
     recorder.close()

@@ -230,6 +230,48 @@ def test_a_delayed_send_widens_the_upper_end() -> None:
     assert delayed.low == plain.low
 
 
+def test_a_request_counts_as_sent_when_it_was_on_the_wire() -> None:
+    """A client that was stalled between its decision and the send has not seen the service any earlier."""
+    run = Plant(between(100.2, 104.7), fault=ONE_SHOT).build()
+    new = [replace(r, t_sent=r.t_intended + 0.4) if 104.7 <= r.t_intended < 104.8 else r for r in run.replies]
+    plain, stalled = recovery.measure(run, ASKED), recovery.measure(replace(run, replies=tuple(new)), ASKED)
+    assert plain.high is not None and stalled.high is not None
+    assert stalled.high >= plain.high + 0.3
+
+
+def test_the_last_of_the_good_requests_to_be_sent_bounds_the_recovery() -> None:
+    """They may leave in another order than they were meant to: only all of them together prove it."""
+    run = Plant(share(0.5, 100.2, 104.7), fault=ONE_SHOT).build()
+    last = max(r.t_intended for r in run.replies if not r.ok)
+    second = sorted(r.t_intended for r in run.replies if r.t_intended > last)[1]
+    new = [replace(r, t_start=second + 2) if r.t_intended == second else r for r in run.replies]
+    plain, mixed = recovery.measure(run, ASKED), recovery.measure(replace(run, replies=tuple(new)), ASKED)
+    assert plain.high is not None and mixed.high is not None
+    assert mixed.high >= plain.high + 1
+
+
+def test_a_proof_before_the_first_bad_request_is_the_best_guess_of_the_fault() -> None:
+    """The middle of its bounds was up to half their width off, although good requests before the proof say more."""
+    plant = Plant(between(100.305, 104.7), fault=ONE_SHOT)  # proven at 100.3, no request in between
+    run = plant.build()
+    run = replace(run, replies=tuple(r for r in run.replies if not 100.301 < r.t_intended < 100.306))
+    found = recovery.measure(run, ASKED)
+    assert found.seconds == pytest.approx(4.4, abs=0.03)
+    nobody_hit = recovery.examine(Plant(between(106.3, 108), fault=ONE_SHOT).build(), ASKED)
+    assert nobody_hit.point == pytest.approx((HARM + PROOF) / 2)  # nothing tells where in its bounds
+
+
+def test_recovery_of_one_class_of_requests() -> None:
+    run = Plant(between(100.2, 104.7), fault=ONE_SHOT).build()
+    new = [replace(r, cls="chat", outcome=Outcome.OK) if r.seq % 2 else r for r in run.replies]
+    mixed = replace(run, replies=tuple(new))
+    canary = recovery.measure(mixed, replace(ASKED, cls="canary"))
+    assert canary.seconds == pytest.approx(4.5, abs=0.06)
+    assert recovery.measure(mixed, replace(ASKED, cls="chat")).seconds == 0.0
+    assert replace(ASKED, cls="chat").judge(mixed, Phase.AFTER).status is Verdict.PASS
+    assert replace(ASKED, cls="long").judge(mixed, Phase.AFTER).status is Verdict.INCONCLUSIVE  # nobody asked
+
+
 def test_shed_and_censored_requests_say_nothing() -> None:
     run = Plant(between(100.2, 104.7), fault=ONE_SHOT).build()
     more = [replace(r, seq=r.seq + 1_000_000, outcome=Outcome.CLIENT_SHED) for r in run.replies if r.t_intended > 110]
