@@ -57,7 +57,7 @@ class Promql(Objective):
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
         limit = self.at_most if self.at_most is not None else self.at_least
         span = window(timeline, phase)
-        found = [] if span is None else [s for s in timeline.samples if s.query == self.query and s.t in span]
+        found = [] if span is None else samples_of(timeline, self.query, span)
         usable = [s.value for s in found if s.value is not None and not _unusable(timeline, s)]
         broken = [v for v in usable if not self.keeps(v)]
         missing = "the phase has no window" if span is None else unsound(timeline, span, found)
@@ -75,6 +75,11 @@ class Promql(Objective):
 
     def keeps(self, value: float) -> bool:
         return value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0.0)
+
+
+def samples_of(timeline: Timeline, query: str, span: Window) -> list[Sample]:
+    """The samples of a query within a window, in the order of time."""
+    return sorted((s for s in timeline.samples if s.query == query and s.t in span), key=lambda s: (s.t, s.name))
 
 
 def _answer(sample: Sample) -> str:
@@ -149,7 +154,7 @@ def _told_time(raw: str) -> float | None:
 
 def stale(timeline: Timeline, span: Window, query: str) -> str:
     """Why the series behind a query are not fresh; empty when they are."""
-    ages = [s for s in timeline.samples if s.query == query and s.t in span]
+    ages = samples_of(timeline, query, span)
     if trouble := unsound(timeline, span, ages):
         return f"the age of the series is unknown: {trouble}"
     oldest = max(s.value for s in ages if s.value is not None)
@@ -194,7 +199,7 @@ class Alerts(Objective):
         if fault is None or not spans:
             return unseen(phase, self.title, self.within, "the fault was not seen to act", "s")
         start, end = min(w.start for w in spans), max(w.end for w in spans)
-        found = [s for s in timeline.samples if s.query == self.query and start <= s.t < end]
+        found = samples_of(timeline, self.query, Window(start, end))
         fired = next((s for s in found if s.t >= fault.start and (s.value or 0) >= 1), None)
         look = Window(start, end if fired is None else min(end, fired.t + timeline.about.scrape_interval))
         trouble = unsound(timeline, look, [s for s in found if s.t in look])

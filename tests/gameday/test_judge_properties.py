@@ -7,26 +7,51 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hypothesis import HealthCheck, given, settings, strategies as st
-from planted import FAULT, HARM, Plant, run_of
+from hypothesis import HealthCheck, Phase as HypothesisPhase, given, settings, strategies as st
+from planted import BEFORE, END, FAULT, HARM, UNDO, Plant, run_of
 
 from gameday import record
 from gameday.judge import judge
-from gameday.model import Judgement, Outcome, Phase, Reply, Timeline, Verdict
+from gameday.model import (
+    Event,
+    FaultMark,
+    Heartbeat,
+    Judgement,
+    LoadEnd,
+    NodeMark,
+    Note,
+    Outcome,
+    Phase,
+    PhaseMark,
+    PodMark,
+    Reply,
+    Sample,
+    Step,
+    Timeline,
+    Verdict,
+)
 from gameday.objectives import (
+    Alerts,
     Availability,
     Capacity,
     EndToEnd,
     FirstToken,
     Goodput,
     InterToken,
+    NodeKept,
+    NodeReplaced,
+    NothingLeftBehind,
     Objectives,
+    Promql,
     Recovers,
+    Replicas,
+    Spread,
     StaysUp,
     Success,
     TokensPerSecond,
     UnbrokenStreams,
 )
+from gameday.objectives.base import KINDS
 
 ASKED = Objectives(
     before=(Success(0.9),),
@@ -84,6 +109,7 @@ def compare(before: Judgement, after: Judgement) -> None:
 few = settings(
     max_examples=int(os.environ.get("GAMEDAY_EXAMPLES", "20")),
     deadline=None,
+    phases=[HypothesisPhase.explicit, HypothesisPhase.reuse, HypothesisPhase.generate],  # shrinking takes minutes here
     suppress_health_check=[HealthCheck.too_slow],
 )
 
@@ -176,3 +202,153 @@ def test_a_pass_means_that_the_service_was_back(outs: list[tuple[float, float, f
     if asked.judge(run, Phase.AFTER).status is Verdict.PASS:
         late = [r for r in run.replies if HARM + 6.4 <= r.t_intended < HARM + 11]
         assert sum(not r.ok for r in late) <= 0.6 * len(late)
+
+
+# ── what the cluster and Prometheus say, and what the harness did ──
+
+UP = Promql("up", at_least=1.0, series=("up",))
+DOWN = Alerts("ServiceDown", within=20.0)
+EVERYTHING = Objectives(
+    before=(*ASKED.before, Spread(1)),
+    during=(*ASKED.during, UP, DOWN, Replicas(2), Spread(2), NodeReplaced(within=20.0), NodeKept(10.0)),
+    after=(*ASKED.after, Replicas(3), NothingLeftBehind()),
+)
+"""Every kind of objective there is."""
+
+
+def asked_of(replaced: bool) -> Objectives:
+    """A node is replaced or kept, not both: so that all can be green."""
+    other = NodeKept if replaced else NodeReplaced
+    return replace(EVERYTHING, during=tuple(o for o in EVERYTHING.during if not isinstance(o, other)))
+
+
+mild = st.lists(st.tuples(st.floats(HARM, 140), st.floats(0.02, 0.3), st.sampled_from([1.0, 0.3])), max_size=1)
+
+
+def everything(outs: Sequence[tuple[float, float, float]], seed: int, fires_at: float, replaced: bool) -> Timeline:
+    rng = random.Random(seed)
+    seconds = [BEFORE + i + 0.5 for i in range(int(END - BEFORE))]
+    samples = [
+        *(Sample(t, "up", "up", 1.0) for t in seconds),
+        *(Sample(t, UP.age, "age", 0.3) for t in seconds),
+        *(Sample(t, DOWN.query, "alert", 1.0 if t >= fires_at else 0.0) for t in seconds),
+    ]
+    node: list[Event] = [NodeMark(HARM + 2, "node-b", "detected", "b", "Xid 79")]
+    if replaced:
+        made = [("node-b", "gone"), ("node-n", "created"), ("node-n", "ready")]
+        node += [NodeMark(HARM + 3.0 + i, name, what, "b") for i, (name, what) in enumerate(made)]
+
+    def bad(t: float) -> bool:
+        return any(start <= t < start + length and rng.random() < q for start, length, q in outs)
+
+    return Plant(bad, per_second=25, seed=seed, samples=samples, extra=node).build()
+
+
+def never_greener(before: Judgement, after: Judgement) -> None:
+    for old, new in zip(before.findings, after.findings, strict=False):
+        if new.status is Verdict.PASS and old.objective == new.objective:
+            assert old.status is Verdict.PASS, (old, new)
+    assert after.verdict is not Verdict.PASS or before.verdict is Verdict.PASS, (before.verdict, after.verdict)
+
+
+TROUBLES = ("error", "nan", "broken", "old", "skewed", "unready", "gone", "lost", "left", "undo", "note", "busy")
+instants = st.floats(BEFORE + 1, END - 1)
+
+
+def troubled(run: Timeline, what: str, t: float) -> Timeline:
+    """Something goes wrong at t that has nothing to do with requests."""
+    wrong = {"error": None, "nan": float("nan"), "broken": 0.0, "old": 99.0, "skewed": 1.0}
+    if what in wrong:
+        query = UP.age if what == "old" else "up"
+        error = "HTTP 500" if what == "error" else ""
+        told = run.about.epoch_wall + t - run.about.epoch_mono + (60.0 if what == "skewed" else 0.0)
+        sample = Sample(t, query, "planted", wrong[what], error, told=told)
+        return record.timeline(run.about, run.fault, list(run.replies), [*run.samples, sample], list(run.events))
+    new: dict[str, Event] = {
+        "unready": PodMark(t, "llm/engine-a", "uid-engine-a", "unready", "node-a", "a", "engine"),
+        "gone": PodMark(t, "llm/engine-c", "uid-engine-c", "gone", "node-c", "c", "engine"),
+        "lost": FaultMark(min(t, UNDO - 0.1), Step.EFFECT, False, "probe across the cut", "it answers"),
+        "left": FaultMark(END + 5, Step.CLEAN, False, detail="NetworkChaos gd-1"),
+        "undo": FaultMark(END + 4, Step.HEALED, False, "", "uncordon: 403"),
+        "note": Note(t, "inconclusive", "Kubernetes cannot be seen"),
+        "busy": Heartbeat(t, 0, 5, 0, 0, 0, 0, 0.5, 0.9, 0.9),
+    }
+    return record.timeline(run.about, run.fault, list(run.replies), list(run.samples), [*run.events, new[what]])
+
+
+@few
+@given(
+    st.one_of(mild, outages), st.integers(0, 9999), st.floats(HARM + 1, HARM + 15), st.booleans(),
+    st.lists(st.tuples(st.sampled_from(TROUBLES), instants), min_size=1, max_size=4),
+)  # fmt: skip
+def test_trouble_never_makes_anything_green(
+    outs: list[tuple[float, float, float]], seed: int, fires_at: float, replaced: bool,
+    troubles: list[tuple[str, float]],
+) -> None:  # fmt: skip
+    run = everything(outs, seed, fires_at, replaced)
+    worse = run
+    for what, t in troubles:
+        worse = troubled(worse, what, t)
+    never_greener(judge(run, asked_of(replaced)), judge(worse, asked_of(replaced)))
+
+
+WITNESSES = (PhaseMark, FaultMark, Heartbeat, LoadEnd)
+
+
+@few
+@given(
+    outages, st.integers(0, 9999), st.booleans(), st.floats(0.01, 0.9), st.sampled_from(["events", "samples", "both"])
+)
+def test_losing_witnesses_never_makes_anything_green(
+    outs: list[tuple[float, float, float]], seed: int, replaced: bool, share: float, what: str
+) -> None:
+    """What speaks for the run is lost at random: marks, heartbeats, accounts, ready pods, samples."""
+    run = everything(outs, seed, HARM + 5, replaced)
+    rng = random.Random(seed + 2)
+
+    def kept(event: Event) -> bool:
+        speaks = isinstance(event, WITNESSES) or (isinstance(event, PodMark) and event.stage == "ready")
+        return not speaks or rng.random() > share
+
+    events = tuple(e for e in run.events if kept(e)) if what != "samples" else run.events
+    samples = tuple(s for s in run.samples if rng.random() > share) if what != "events" else run.samples
+    asked = asked_of(replaced)
+    before, after = judge(run, asked), judge(replace(run, events=events, samples=samples), asked)
+    assert after.verdict is not Verdict.PASS or before.verdict is Verdict.PASS, (before.verdict, after.verdict)
+
+
+@few
+@given(mild, st.integers(0, 9999), st.floats(0.001, 0.5))
+def test_losing_requests_is_never_green(outs: list[tuple[float, float, float]], seed: int, share: float) -> None:
+    run = everything(outs, seed, HARM + 5, replaced=True)
+    rng = random.Random(seed + 3)
+    left = tuple(r for r in run.replies if rng.random() > share)
+    if len(left) < len(run.replies):
+        assert judge(replace(run, replies=left), asked_of(True)).verdict is not Verdict.PASS
+
+
+def test_everything_can_be_green() -> None:
+    """Else the properties above would say nothing."""
+    for replaced in (True, False):
+        found = judge(everything([], 1, HARM + 5, replaced), asked_of(replaced))
+        assert found.verdict is Verdict.PASS, [f for f in found.findings if f.status is not Verdict.PASS]
+    assert {type(o).__name__ for _, o in EVERYTHING.items()} == KINDS.keys()
+
+
+@few
+@given(outages, st.integers(0, 9999), st.floats(HARM - 5, HARM + 30), st.booleans())
+def test_order_and_intervals_of_everything(
+    outs: list[tuple[float, float, float]], seed: int, fires_at: float, replaced: bool
+) -> None:
+    run = everything(outs, seed, fires_at, replaced)
+    replies, samples, events = list(run.replies), list(run.samples), list(run.events)
+    for some in (replies, samples, events):
+        random.Random(seed).shuffle(some)  # type: ignore[arg-type]
+    found = judge(run, EVERYTHING)
+    assert (
+        judge(replace(run, replies=tuple(replies), samples=tuple(samples), events=tuple(events)), EVERYTHING) == found
+    )
+    for f in found.findings:
+        if f.observed is not None:
+            assert f.low is None or f.low <= f.observed + 1e-9, f
+            assert f.high is None or f.observed <= f.high + 1e-9, f
