@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,8 @@ def _seconds(text: str | None) -> float:
 class _Measured:
     """An experiment of a run, judged anew. `like` None: it died before it had a record."""
 
-    judgement: Judgement
+    judgement: Judgement  # by the name of its directory, which tells trials apart
+    experiment: str
     like: Like | None
     values: tuple[tuple[str, float | None], ...] = ()
 
@@ -194,7 +196,7 @@ def _current(entry: verdicts.Entry) -> _Measured:
     """One that died leaves neither seal nor verdict, and is an ERROR as in every report."""
     directory = entry.dir
     if not (directory / record.SEAL).exists() and not (directory / "verdict.json").exists():
-        return _Measured(replace(entry.judgement, experiment=entry.name), None)
+        return _Measured(_named(entry.judgement, entry), entry.about.get("experiment", entry.name), None)
     timeline, objectives = record.load(directory)
     judgement = judge(timeline, objectives)
     if record.verdict_json(judgement) != _written(directory / "verdict.json"):
@@ -203,7 +205,12 @@ def _current(entry: verdicts.Entry) -> _Measured:
             f"`gameday judge {directory}` judges it anew"
         )
     like = _like(_json(directory / verdicts.RUN), directory, objectives)
-    return _Measured(judgement, like, tuple(_values(timeline, objectives, judgement)))
+    values = tuple(_values(timeline, objectives, judgement))
+    return _Measured(_named(judgement, entry), like.experiment, like, values)
+
+
+def _named(judgement: Judgement, entry: verdicts.Entry) -> Judgement:
+    return replace(judgement, experiment=entry.name)
 
 
 def _written(path: Path) -> dict[str, Any]:
@@ -274,38 +281,59 @@ def _runs(places: Sequence[Path], current: Path) -> Iterator[Path]:
 class _Past:
     values: tuple[dict[str, float | None], ...]
     left_out: tuple[str, ...]  # like runs that did not pass, by name and verdict
+    unlike: Counter[str]  # runs of the experiment that cannot be compared: by what, how many
+
+    @property
+    def said(self) -> str:
+        """What was not compared, and why; "" where nothing was left aside."""
+        left = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
+        other = ", ".join(f"{n} of another {what}" for what, n in self.unlike.most_common())
+        return left + (f"; not compared: {other}" if other else "")
+
+
+_DIFFERS = {"recovers": "question to Recovers", "plan": "load", "clocks": "set of clocks"}
+
+
+def _difference(one: Like, other: Like) -> str:
+    """The first thing in which they differ, in words; "" where they are alike."""
+    name = next((f.name for f in fields(Like) if getattr(one, f.name) != getattr(other, f.name)), "")
+    return _DIFFERS.get(name, name)
 
 
 def _baselines(like: Like, past: Sequence[Path], last: int) -> _Past:
     """The newest `last` like experiments that passed."""
     values: list[dict[str, float | None]] = []
     left_out: list[str] = []
+    unlike: Counter[str] = Counter()
     for root in past:
         for entry in verdicts.entries(root):
             if len(values) == last:
-                return _Past(tuple(values), tuple(left_out))
-            if entry.about.get("experiment") != like.experiment or entry.about.get("seed") != str(like.seed):
+                return _Past(tuple(values), tuple(left_out), unlike)
+            if entry.about.get("experiment") != like.experiment:
+                continue
+            if entry.about.get("seed") != str(like.seed):
+                unlike["seed"] += 1
                 continue
             if not (entry.dir / record.SEAL).exists():
                 left_out.append(f"{root.name} died")
                 continue
             timeline, objectives = record.load(entry.dir)
-            if _like(_json(entry.dir / verdicts.RUN), entry.dir, objectives) != like:
+            if differs := _difference(like, _like(_json(entry.dir / verdicts.RUN), entry.dir, objectives)):
+                unlike[differs] += 1
                 continue
             judgement = judge(timeline, objectives)
             if judgement.passed:
                 values.append(dict(_values(timeline, objectives, judgement)))
             else:
                 left_out.append(f"{root.name} {judgement.verdict}")
-    return _Past(tuple(values), tuple(left_out))
+    return _Past(tuple(values), tuple(left_out), unlike)
 
 
 def _compare(one: _Measured, past: _Past, by: float, need: int) -> Iterator[Compared]:
-    without = f"; left out: {', '.join(past.left_out)}" if past.left_out else ""
     for what, observed in one.values:
         known = [v for values in past.values if (v := values.get(what)) is not None and math.isfinite(v)]
         status, noise, said = _held(what, observed, known, by, need)
-        yield Compared(one.judgement.experiment, what, status, observed, noise, said + without)
+        yield Compared(one.judgement.experiment, what, status, observed, noise, said + past.said)
 
 
 def _held(
@@ -355,6 +383,6 @@ def _notes(now: Sequence[_Measured], past: Sequence[Path]) -> tuple[str, ...]:
     """What the newest run before had and this one has not: a gate must not open because something was not tried."""
     if not past:
         return ()
-    mine = {one.judgement.experiment for one in now}
+    mine = {one.experiment for one in now}
     theirs = {entry.about.get("experiment", entry.name) for entry in verdicts.entries(past[0])}
     return tuple(f"{name} was in {past[0].name} and is not in this run" for name in sorted(theirs - mine))
