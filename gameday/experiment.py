@@ -21,6 +21,7 @@ from faults import Fault, Zone
 from faults.act import manifests
 from gameday import arena as arena_, settings as settings_
 from gameday.errors import ExperimentError, GamedayError, MissingCapability, TargetError
+from gameday.gating import Held
 from gameday.model import Counts, Finding, Judgement, Verdict
 from gameday.objectives import Objective, Objectives
 from gameday.preflight import Preflight
@@ -187,6 +188,12 @@ def not_begun(name: str, text: str, verdict: Verdict = Verdict.ERROR) -> Judgeme
     return Judgement(name, verdict, (finding,), None, Counts(), 0, "", f"pytest experiments -k {name}")
 
 
+def directory_of(judgement: Judgement, seed: int) -> str:
+    """The name of its directory; trials have one each, and a seed each, counted from the run's."""
+    trial = judgement.seed - seed + 1
+    return judgement.experiment if trial <= 1 else f"{judgement.experiment}.{trial}"
+
+
 def remember(item: pytest.Item, judgement: Judgement) -> None:
     item.config.stash.setdefault(JUDGED, []).append(judgement)
 
@@ -204,20 +211,44 @@ def dry_run(arena: Arena, spec: Spec) -> None:
         arena.say(f"undo: {entry.command()}")
 
 
-def summarise(config: pytest.Config, options: dict[str, Any], write_line: Callable[[str], None]) -> None:
-    """The verdict table, the run's own files, the CI job's page, and word to whoever is to be told."""
+def summarise(
+    config: pytest.Config, options: dict[str, Any], write_line: Callable[[str], None], held: Held | None = None
+) -> None:
+    """The verdict table, the run's own files, the CI job's page, and word to whoever is to be told.
+
+    What cannot be written is said, and changes neither verdict nor exit code.
+    """
     judged = config.stash.get(JUDGED, [])
     with Uncaptured(config):
         console.show(judged)
+    if held is not None:
+        for line in held.story.splitlines():
+            write_line(line)
     arena = config.stash[OPENED].arena if OPENED in config.stash else None
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a") as file:
-            file.write(markdown.summary(judged) + "\n")
+    writers: list[Callable[[], Path | None]] = [lambda: step_summary(judged, held)]
     if arena is not None and arena.root.is_dir():
-        for path in (html.write_index(arena.root), junit.write(arena.root)):
-            write_line(f"report: {path}")
-    for delivery in tell(_notify(arena, options), arena.root if arena else Path("runs"), judged):
+        root = arena.root
+        writers += [lambda: html.write_index(root), lambda: junit.write(root)]
+    for write in writers:
+        try:
+            if path := write():
+                write_line(f"report: {path}")
+        except (OSError, GamedayError) as wrong:
+            write_line(f"report: NOT WRITTEN: {wrong}")
+    regressed = held.regressed if held else ()
+    for delivery in tell(_notify(arena, options), arena.root if arena else Path("runs"), judged, regressed=regressed):
         write_line(delivery.line)
+
+
+def step_summary(judged: Sequence[Judgement], held: Held | None) -> Path | None:
+    """What GitHub shows on the job's page, where there is one."""
+    given = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not given:
+        return None
+    path = Path(given)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(markdown.summary(judged) + "\n" + (held.markdown + "\n" if held else ""))
+    return path
 
 
 def _notify(arena: Arena | None, options: dict[str, Any]) -> Notify:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -38,13 +39,30 @@ OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--allow-missing", {"action": "append", "help": "skip, instead of failing, where this capability is missing"}),
 )
 
+GATE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--gate", {"action": "store_true", "help": "fail, too, on what got slower than in the runs beside this one"}),
+    ("--baseline", {"action": "append", "help": "… than in this run, or directory of runs (may be repeated)"}),
+    ("--gate-by", {"type": float, "default": 0.1, "help": "growth beyond the noise that is allowed (default: 0.1)"}),
+    ("--gate-last", {"type": int, "default": 10, "help": "how many earlier runs count (default: 10)"}),
+    ("--gate-strict", {"action": "store_true", "help": "fail, too, where nothing can be compared"}),
+)
+
 PARALLEL = "Experiments cannot run in parallel (-n): one game day at a time."
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gameday", "game days: experiments on a Kubernetes cluster")
-    for name, more in OPTIONS:
+    for name, more in (*OPTIONS, *GATE):
         group.addoption(name, dest=f"gameday_{_key(name)}", **more)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A gate that cannot be asked is refused before anything is broken, not after."""
+    if not config.getoption("gameday_gate_by") >= 0 or config.getoption("gameday_gate_last") < 3:
+        raise pytest.UsageError("--gate-by is a share of 0 or more (0.1 for 10 %), --gate-last 3 runs or more.")
+    for one in config.getoption("gameday_baseline") or ():
+        if not Path(one).is_dir():
+            raise pytest.UsageError(f"--baseline {one} is neither a run nor a directory of runs.")
 
 
 def _key(option: str) -> str:
@@ -139,7 +157,8 @@ def _properties(judgement: Judgement, config: pytest.Config) -> list[tuple[str, 
     found += [(name, getattr(counts, name)) for name in ("planned", "ok", "failed", "shed", "censored")]
     heavy = _heavy()
     if heavy.OPENED in config.stash:
-        found.append(("run_dir", str(config.stash[heavy.OPENED].arena.root / judgement.experiment)))
+        arena = config.stash[heavy.OPENED].arena
+        found.append(("run_dir", str(arena.root / heavy.directory_of(judgement, arena.seed))))
     return found
 
 
@@ -176,6 +195,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     reporter.append_failure = as_error
 
 
+HELD = pytest.StashKey[Any]()  # what the gate came to, where one was asked for
+
 # ── the end of the session ──────────────────────────────────────────────────────────────────────
 
 
@@ -189,15 +210,34 @@ def _loaded() -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    held = config.stash.get(HELD, None)
     if _judged(config):
         terminalreporter.section("game day")
-        _heavy().summarise(config, options_of(config), terminalreporter.write_line)
+        _heavy().summarise(config, options_of(config), terminalreporter.write_line, held)
+    elif held is not None:
+        terminalreporter.write_line(held.story)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A green exit needs verdicts: nothing else may end as passed."""
-    if exitstatus == pytest.ExitCode.OK and any(not one.passed for one in _judged(session.config)):
+    config = session.config
+    if exitstatus == pytest.ExitCode.OK and any(not one.passed for one in _judged(config)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if config.option.collectonly or config.getoption("gameday_dry_run") or hasattr(config, "workerinput"):
+        return
+    gating = import_module("gameday.gating")
+    if wanted := gating.asked(config):
+        held = config.stash[HELD] = gating.hold(_root(config), wanted)
+        if not held.passed and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _root(config: pytest.Config) -> Path | None:
+    """The run's directory; None where none was begun."""
+    if not _loaded() or _heavy().OPENED not in config.stash:
+        return None
+    root: Path = config.stash[_heavy().OPENED].arena.root
+    return root
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

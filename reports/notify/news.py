@@ -47,6 +47,7 @@ class News:
     items: tuple[Item, ...]
     entries: tuple[Entry, ...]
     link: str  # the run's index page
+    regressed: tuple[str, ...] = ()  # what got slower than in earlier runs beyond their noise, in words
 
     @property
     def verdict(self) -> Verdict:
@@ -56,14 +57,17 @@ class News:
     @property
     def headline(self) -> str:
         tally = words.tally(i.verdict for i in self.items) or "no experiment ran"
-        return words.one_line(f"Game day on {self.cluster}: {tally}")
+        slower = f" · {len(self.regressed)} REGRESSED" if self.regressed else ""
+        return words.one_line(f"Game day on {self.cluster}: {tally}{slower}")
 
     def key(self, experiment: str) -> str:
         """The same for an experiment on a cluster in every run, whatever machine it runs on."""
         return f"gameday/{self.cluster}/{experiment}"
 
 
-def gather(run_root: Path, judgements: Sequence[Judgement], *, cluster: str, report_url: str) -> News:
+def gather(
+    run_root: Path, judgements: Sequence[Judgement], *, cluster: str, report_url: str, regressed: Sequence[str] = ()
+) -> News:
     """`judgements` speak; the run directory adds the cluster, and may be missing (an experiment that never began)."""
     try:
         entries = verdicts.entries(run_root)
@@ -78,7 +82,8 @@ def gather(run_root: Path, judgements: Sequence[Judgement], *, cluster: str, rep
     items = tuple(Item(j, _link(base, j, entries)) for j in worst)
     known = next((e.about for e in entries if "cluster" in e.about), {})
     name = cluster or re.split(r", Kubernetes\b", known.get("cluster", ""))[0] or UNKNOWN
-    return News(run, name, known.get("namespace", ""), items, entries, f"{base}/index.html" if base else "")
+    link = f"{base}/index.html" if base else ""
+    return News(run, name, known.get("namespace", ""), items, entries, link, tuple(regressed))
 
 
 def _link(base: str, judgement: Judgement, entries: Sequence[Entry]) -> str:

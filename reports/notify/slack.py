@@ -20,7 +20,7 @@ SIGNS = {
 }
 # Slack refuses a message beyond these (https://api.slack.com/reference/block-kit/blocks).
 HEADER, SECTION, BLOCKS = 150, 3000, 50
-TOLD = BLOCKS - 4  # blocks left for experiments
+TOLD = BLOCKS - 5  # blocks left for experiments
 
 
 def posts(secret: Secret, news: News) -> list[Post]:
@@ -39,6 +39,9 @@ def body(news: News) -> dict[str, Any]:
     blocks += [_section(_bad(item)) for item in bad[:TOLD]]
     if len(bad) > TOLD:
         blocks.append(_section(f"… and {len(bad) - TOLD} more"))
+    if news.regressed:
+        slower = "\n".join(f"• {escape(words.one_line(one))}" for one in news.regressed)
+        blocks.append(_section(f":chart_with_upwards_trend: *REGRESSED*\n{slower}"))
     if good:
         blocks.append(_section("\n".join(_good(item) for item in good)))
     blocks.append({"type": "context", "elements": [{"type": "mrkdwn", "text": cut(" · ".join(_foot(news)), SECTION)}]})

@@ -27,5 +27,6 @@ def body(news: News) -> dict[str, Any]:
         "verdict": str(news.verdict),
         "headline": news.headline,
         "report": news.link,
+        "regressed": list(news.regressed),
         "experiments": [figures(item) for item in news.items],
     }

@@ -171,14 +171,30 @@ def test_too_few_baselines_are_said_and_close_only_a_strict_gate(past: Path, tmp
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"seed": 8}, {"plan": '{"t": [1]}'}, {"clocks": "real"}, {"cluster": "elsewhere"}, {"namespace": "llm-b"}],
-    ids=lambda o: next(iter(o)),
+    ("other", "said"),
+    [
+        ({"seed": 8}, "seed"),
+        ({"plan": '{"t": [1]}'}, "load"),
+        ({"clocks": "real"}, "set of clocks"),
+        ({"cluster": "elsewhere"}, "cluster"),
+        ({"namespace": "llm-b"}, "namespace"),
+    ],
+    ids=lambda o: next(iter(o)) if isinstance(o, dict) else None,
 )
-def test_only_like_is_compared_with_like(past: Path, tmp_path: Path, other: dict[str, object]) -> None:
+def test_only_like_is_compared_with_like(past: Path, tmp_path: Path, other: dict[str, object], said: str) -> None:
     found = held(run(tmp_path, 9, slower=1.3, **other), past)  # type: ignore[arg-type]
     assert {f.status for f in found.findings} == {Verdict.INCONCLUSIVE}
-    assert "0 like runs" in found.story
+    assert "0 like runs" in found.story and f"not compared: 5 of another {said}" in found.story
+
+
+def test_trials_have_lines_of_their_own(past: Path, tmp_path: Path) -> None:
+    current = run(tmp_path, 9)
+    second = run(tmp_path / "second", 9, seed=synthetic.ABOUT.seed + 1, trial=2)
+    (second / "zone_outage").rename(current / "zone_outage.2")
+    found = held(current, past)
+    assert [j.experiment for j in found.judgements] == ["zone_outage", "zone_outage.2"]
+    assert "zone_outage.2  recovery" in found.story and not found.notes
+    assert not held(current, past, strict=True).passed  # nobody ran the second seed before
 
 
 def test_a_new_kubernetes_is_compared_with_the_old(tmp_path: Path) -> None:
