@@ -34,20 +34,23 @@ async def serve(
     clocks: Clocks,
     zones: Sequence[str] = (),
     controllers: bool = True,
+    metrics: bool = False,
+    prometheus: str = "",
     ready: Callable[[], None] | None = None,
 ) -> None:
     """Serve the API on bound sockets and run the controllers, until cancelled.
 
-    `ready` is called once requests are answered. `zones` is of no interest to this control plane.
+    `ready` is called once requests are answered. `zones` is of no interest to this control plane. `metrics`: nodes
+    have kubelets to ask what is used; `prometheus`: where autoscalers find other metrics.
     """
-    server = ApiServer(tokens, clocks)
+    server = ApiServer(tokens, clocks, metrics=metrics, prometheus=prometheus)
     async with server.listening(sockets, tls):
         if ready:
             ready()
         if not controllers:
             await asyncio.Event().wait()
         all_controllers = importlib.import_module("sandbox.controllers")  # late: the API must not wait for them
-        await all_controllers.run(server.direct(), clocks, root_ca=tls.ca.read_text())
+        await all_controllers.run(server.direct(), clocks, root_ca=tls.ca.read_text(), metrics=server.metrics)
 
 
 def _write_token(path: Path, token: str) -> None:

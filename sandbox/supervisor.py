@@ -187,6 +187,8 @@ def control_plane(argv: list[str]) -> int:
             tokens=tokens,
             clocks=Clocks(**config["clocks"]),
             zones=config["zones"],
+            metrics=not config["bare"],
+            prometheus="" if config["bare"] else f"http://127.0.0.1:{prometheus.PORT}",
             ready=ready,
         )
     )
@@ -363,6 +365,7 @@ class Supervisor:
             "tokens": {token: (who.user, who.groups) for token, who in tokens.items()},
             "clocks": asdict(self.options.clocks),
             "zones": self.options.zones,
+            "bare": self.options.bare,
         }
         read, write = os.pipe()
         order = Spawn(

@@ -28,6 +28,7 @@ from sandbox.apiserver import (
     reviews,
     subresources,
     tables,
+    usage,
 )
 from sandbox.apiserver.authn import ANONYMOUS, Identity, Tokens, service_account
 from sandbox.apiserver.core import Core, Event, Page, Query, Write
@@ -57,8 +58,10 @@ class Target:
 
 
 class Handler:
-    def __init__(self, core: Core, tokens: Tokens, rules: rbac.Rules) -> None:
-        self._core, self._tokens, self._rules = core, tokens, rules
+    def __init__(
+        self, core: Core, tokens: Tokens, rules: rbac.Rules, metrics: usage.ResourceMetrics | None = None
+    ) -> None:
+        self._core, self._tokens, self._rules, self._metrics = core, tokens, rules, metrics
         self._discovery = discovery.Discovery(core)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -91,15 +94,16 @@ class Handler:
             return await execs.proxy(self._core, request, target.space, target.name)
         params.check(request.query)
         media.check_accept(request)
-        match verb:
-            case "get":
-                return await self._get(request, target)
-            case "list":
-                return self._list(request, target)
-            case "watch":
-                return await self._watch(request, target)
-            case _:
-                return await self._write(request, target, verb, user)
+        if verb in ("get", "list", "watch"):
+            return await self._read(request, target, verb)
+        return await self._write(request, target, verb, user)
+
+    async def _read(self, request: web.BaseRequest, target: Target, verb: str) -> web.StreamResponse:
+        if target.res.group == usage.GROUP:
+            return await self._usage(request, target)
+        if verb == "get":
+            return await self._get(request, target)
+        return self._list(request, target) if verb == "list" else await self._watch(request, target)
 
     # -- who and where
 
@@ -170,6 +174,12 @@ class Handler:
             return _json(subresources.read_scale(self._core, target.res, target.space, target.name))
         stored = self._core.get(target.res, target.space, target.name)
         return self._one(request, target.res, stored)
+
+    async def _usage(self, request: web.BaseRequest, target: Target) -> web.Response:
+        assert self._metrics is not None, "it has put the resource there"
+        if target.name:
+            return _json(await self._metrics.get(target.res, target.space, target.name))
+        return _json(await self._metrics.list(target.res, target.namespace, self._query(request, target)))
 
     def _one(
         self, request: web.BaseRequest, res: Resource, stored: Stored, status: int = 200, write: Write | None = None

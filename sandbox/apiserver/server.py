@@ -8,13 +8,14 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from sandbox.apiserver import bootstrap, subresources
+from sandbox.apiserver import bootstrap, subresources, usage
 from sandbox.apiserver.authn import Identity, Tokens
 from sandbox.apiserver.core import Core
 from sandbox.apiserver.direct import DirectApi
 from sandbox.apiserver.http import Handler
 from sandbox.apiserver.rbac import Rules
 from sandbox.apiserver.tls import TlsFiles
+from sandbox.metrics import Metrics
 from sandbox.options import COMPRESSED, Clocks
 
 SHUTDOWN_SECONDS = 0.2  # watches never end by themselves
@@ -23,8 +24,18 @@ SHUTDOWN_SECONDS = 0.2  # watches never end by themselves
 class ApiServer:
     """The API without its sockets. `direct()` is an in-process client with all rights."""
 
-    def __init__(self, tokens: Mapping[str, Identity], clocks: Clocks = COMPRESSED) -> None:
+    def __init__(
+        self,
+        tokens: Mapping[str, Identity],
+        clocks: Clocks = COMPRESSED,
+        *,
+        metrics: bool = False,
+        prometheus: str = "",
+    ) -> None:
+        """`metrics`: serve metrics.k8s.io from the kubelets. `prometheus`: its URL, for autoscalers; "": none."""
         self.core = Core(clocks)
+        self.metrics = Metrics(lambda: usage.kubelets(self.core), prometheus) if metrics else None
+        self._resources = usage.ResourceMetrics(self.core, self.metrics) if self.metrics else None
         self.tokens = Tokens(tokens, lambda claims: subresources.token_alive(self.core, claims))
         self.rules = Rules(self.core)
         bootstrap.objects(self.core)
@@ -36,7 +47,8 @@ class ApiServer:
     async def listening(self, sockets: Sequence[socket.socket], tls: TlsFiles) -> AsyncIterator[None]:
         """Serve HTTPS on sockets that are bound already, while the context lasts."""
         bootstrap.root_certificate(self.core, tls.ca_pem)
-        server = web.Server(Handler(self.core, self.tokens, self.rules), access_log=None, keepalive_timeout=300)
+        handler = Handler(self.core, self.tokens, self.rules, self._resources)
+        server = web.Server(handler, access_log=None, keepalive_timeout=300)
         runner = web.ServerRunner(server, shutdown_timeout=SHUTDOWN_SECONDS)
         await runner.setup()
         context = tls.context()

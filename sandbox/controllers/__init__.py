@@ -23,6 +23,7 @@ from sandbox.controllers.replicaset import ReplicaSets
 from sandbox.controllers.scheduler import Scheduler
 from sandbox.controllers.statefulset import StatefulSets
 from sandbox.controllers.work import Caches, Controller, Recorder, Shared
+from sandbox.metrics import Metrics
 from sandbox.options import Clocks
 
 _CONTROLLERS: tuple[type[Controller], ...] = (
@@ -40,8 +41,11 @@ _CONTROLLERS: tuple[type[Controller], ...] = (
 )
 
 
-async def run(api: Api, clocks: Clocks, *, root_ca: str = "") -> None:
-    """Run all controllers and the scheduler until cancelled. `root_ca`: what pods get as `ca.crt` (PEM)."""
+async def run(api: Api, clocks: Clocks, *, root_ca: str = "", metrics: Metrics | None = None) -> None:
+    """Run all controllers and the scheduler until cancelled.
+
+    `root_ca`: what pods get as `ca.crt` (PEM). `metrics`: what autoscalers go by; None: there are none.
+    """
     async with asyncio.TaskGroup() as group:
         recorder = Recorder(api)
         shared = Shared(api, Caches(api, group), recorder)
@@ -49,7 +53,7 @@ async def run(api: Api, clocks: Clocks, *, root_ca: str = "") -> None:
         controllers = [make(shared) for make in _CONTROLLERS]
         controllers += [GarbageCollector(shared, catalog), Termination(shared, catalog, clocks)]
         controllers += [NodeLifecycle(shared, clocks), PodCollector(shared, clocks), Jobs(shared, clocks)]
-        controllers.append(Autoscalers(shared, clocks))
+        controllers.append(Autoscalers(shared, clocks, metrics))
         if root_ca:
             controllers.append(RootCertificates(shared, root_ca))
         await catalog.start()

@@ -22,7 +22,7 @@ from aiohttp import web
 
 from sandbox.chaos import daemon
 from sandbox.client import LEASES, NODES, PODS, ApiError, EventType, HttpApi, Informer, Obj
-from sandbox.node import exec as exec_, images, kernel_log, logs, network, node_status, services
+from sandbox.node import exec as exec_, images, kernel_log, logs, network, node_status, services, usage
 from sandbox.node.cgroups import Group
 from sandbox.node.container import Container
 from sandbox.node.events import Recorder
@@ -299,6 +299,16 @@ class Agent:
         found = self._container(request)
         return found if isinstance(found, web.Response) else await exec_.serve(request, found, self.zygote)
 
+    async def resource_metrics(self, _: web.Request) -> web.Response:
+        """GET /metrics/resource: what the containers and the machine use, as kubelets serve it."""
+        containers: dict[usage.Where, int] = {}
+        for process, pid in self.zygote.pids.items():
+            uid, _slash, rest = process.partition("/")
+            if pod := self._pods.get(uid):
+                meta = pod.obj["metadata"]
+                containers[meta["namespace"], meta["name"], rest.rpartition("/")[0]] = pid
+        return web.Response(text=usage.render(*usage.read(containers)))
+
     def _container(self, request: web.Request) -> Container | web.Response:
         """The container that a request names, or the answer that there is none."""
         namespace, name, container = (request.match_info[part] for part in ("namespace", "pod", "container"))
@@ -313,6 +323,7 @@ class Agent:
         app = web.Application()
         app.router.add_get("/containerLogs/{namespace}/{pod}/{container}", self.container_log)
         app.router.add_get("/exec/{namespace}/{pod}/{container}", self.container_exec)
+        app.router.add_get("/metrics/resource", self.resource_metrics)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
         await runner.setup()
         await web.TCPSite(runner, self.address, KUBELET_PORT, ssl_context=_serving(self.machine)).start()

@@ -268,6 +268,7 @@ class ZygoteClient:
         self._sock = sock
         self._starting: dict[str, asyncio.Future[int]] = {}
         self._exits: dict[str, asyncio.Future[int]] = {}
+        self.pids: dict[str, int] = {}  # of the live processes, in the zygote's namespace
         self.lost = asyncio.Event()
 
     def start(self) -> None:
@@ -325,8 +326,10 @@ class ZygoteClient:
         report = orjson.loads(raw)
         name = report["id"]
         if report["op"] == "exited":
+            self.pids.pop(name, None)
             _settle(self._exits.get(name), report["code"])
         elif report["op"] == "spawned":
+            self.pids[name] = report["pid"]
             _settle(self._starting.pop(name, None), report["pid"])
         else:
             self._exits.pop(name, None)
