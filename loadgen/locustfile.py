@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,11 @@ else:
         port = environment.parsed_options.metrics_port
         if port and not isinstance(environment.runner, MasterRunner):
             _metrics.append(Metrics())
-            _metrics[0].serve(port)
+            try:
+                _metrics[0].serve(port)
+            except LoadError as e:
+                logging.getLogger("gameday").error("%s", e)
+                sys.exit(2)
 
     @events.test_start.add_listener  # type: ignore[untyped-decorator]
     def _start(environment: Any, **_: Any) -> None:
@@ -190,6 +195,9 @@ else:
             environment.process_exit_code = 2
             return
         logging.getLogger("gameday").info("account: %s", end)
+        for why in source.unsound():
+            logging.getLogger("gameday").error("NOT SOUND: %s: believe no latency of this run", why)
+            environment.process_exit_code = environment.process_exit_code or 1
         if end.planned != end.ok + end.failed + end.shed + end.censored:
             environment.process_exit_code = 2
 

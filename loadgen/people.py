@@ -16,8 +16,8 @@ import gevent
 import numpy as np
 
 from gameday.errors import LoadError
-from gameday.model import LoadEnd
-from loadgen import records, target as target_
+from gameday.model import Heartbeat, LoadEnd
+from loadgen import records, sound, target as target_
 from loadgen.client import Call, Client
 from loadgen.engine import Engine
 from loadgen.metrics import Metrics
@@ -66,22 +66,23 @@ class Source:
         self._canary: gevent.Greenlet | None = None
         self._next: dict[int, float] = {}
         out = Path(choice.records) if choice.records else None
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
+        self._begin = self._stopped = monotonic()
+        self._beats: list[Heartbeat] = []
+        self._punctual = sound.Punctuality()
 
         def ended(call: Call) -> None:
             on_end(call)
+            self._punctual.add(call.t_intended, call.t_start)
             if metrics is not None:
                 metrics.reply(call)
 
-        self.engine = Engine(
-            Client(target),
-            worker=worker,
-            replies=records.Writer(records.replies_path(out, worker)) if out else None,
-            load=records.Writer(records.load_path(out, worker)) if out else None,
-            on_end=ended,
-            on_beat=metrics.beat if metrics is not None else None,
-        )
+        def beat(one: Heartbeat) -> None:
+            self._beats.append(one)
+            if metrics is not None:
+                metrics.beat(one)
+
+        replies, load = _writers(out, worker)
+        self.engine = Engine(Client(target), worker=worker, replies=replies, load=load, on_end=ended, on_beat=beat)
 
     def walk(self, user: Any) -> None:
         """Wait for this user's next arrival and send it. The schedule is absolute: being late delays nothing after."""
@@ -120,12 +121,26 @@ class Source:
         self._next.pop(id(user), None)
 
     def close(self, within: float) -> LoadEnd:
-        t_stop = monotonic()
+        t_stop = self._stopped = monotonic()
         if self._canary is not None:
             self._canary.kill()
         planned = self._seq
         self.engine.drain(within)
         return self.engine.close(planned, t_stop)
+
+    def unsound(self) -> list[str]:
+        """After `close`: why the latencies are not (only) the service's; empty when the generator kept up."""
+        return [*sound.trouble(self._number, self._beats, self._begin, self._stopped), *self._punctual.trouble()]
+
+
+def _writers(out: Path | None, worker: int) -> tuple[records.Writer | None, records.Writer | None]:
+    if out is None:
+        return None, None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return records.Writer(records.replies_path(out, worker)), records.Writer(records.load_path(out, worker))
+    except OSError as e:
+        raise LoadError(f"the records cannot be written to {out}: {e.strerror or e}") from e
 
 
 def _chat(choice: Choice) -> Chat:

@@ -15,28 +15,17 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from gameday import clock
 from gameday.errors import LoadError
 from gameday.model import Heartbeat, LoadEnd, Outcome, Reply
-from loadgen import launch, plan as plan_
+from loadgen import launch, plan as plan_, sound
 from loadgen.check import one_token
 from loadgen.far import Offset
 from loadgen.plan import Plan
 from loadgen.traffic import Trace, Traffic
 
-RUN_QUEUE = 0.05
-"""Share of a second that a worker may wait for a CPU (DESIGN 5, as the judge has it)."""
-DELAY = 0.010
-"""Seconds of schedule delay (p99) that are still the service's latency and not ours."""
-SATURATED_SHARE = 0.05
-"""Share of the run's seconds that may be worse than that."""
-LATE_SHARE = 0.005
-"""Share of the requests that may be sent later than that: half of what decides a p99."""
-SILENT = 3.0
-"""Seconds without a heartbeat that make a run unsound."""
 TICK = 0.1
 LEAD = 0.5
 """Seconds between the order to begin and the plan's zero."""
@@ -181,7 +170,7 @@ class Books:
         self._seen = bytearray(len(plan))
         self._classes = {kind.name: Class() for kind in plan.classes}
         self._beats: dict[int, list[Heartbeat]] = {}
-        self._started = self._late = 0
+        self._punctual = sound.Punctuality()
         self._tokens = 0
         self._last = begin  # the end of the last reply
 
@@ -192,9 +181,7 @@ class Books:
             self._seen[reply.seq] = 1
             self._classes[reply.cls].add(reply)
             self._tokens += reply.tokens
-            if reply.t_start is not None:
-                self._started += 1
-                self._late += reply.t_start - reply.t_intended > DELAY
+            self._punctual.add(reply.t_intended, reply.t_start)
             self._last = max(self._last, reply.t_end)
         for beat in tail.beats:
             self._beats.setdefault(beat.worker, []).append(beat)
@@ -230,37 +217,15 @@ class Books:
             seconds=round(seconds, 3),
             tokens_per_second=round(self._tokens / max(seconds, self._last - self._begin), 2),
             ended=ended,
-            unsound=(
-                *(why for e in ends for why in self._trouble(e.worker, self._begin, self._begin + seconds)),
-                *self._lateness(),
-            ),
+            unsound=(*self._trouble(ends, self._begin + seconds), *self._punctual.trouble()),
             clocks=clocks,
             seed=self._plan.seed,
             out=str(out),
         )
 
-    def _lateness(self) -> list[str]:
-        """A stop of a second spoils one heartbeat only, but every request that was due in it."""
-        if self._late <= LATE_SHARE * self._started:
-            return []
-        return [f"{self._late} of {self._started} requests were sent more than {1000 * DELAY:.0f} ms late"]
-
-    def _trouble(self, worker: int, begin: float, end: float) -> list[str]:
-        """What a worker says of itself while requests were sent; a second's heartbeat comes at its end."""
-        inside = sorted((b for b in self._beats.get(worker, []) if begin < b.t <= end + 1), key=lambda b: b.t)
-        edges = [begin, *(b.t for b in inside), max(end, inside[-1].t if inside else end)]
-        silent = max(b - a for a, b in pairwise(edges))
-        said: list[str] = []
-        if silent > SILENT:
-            said.append(f"no heartbeat of load worker {worker} for {silent:.1f} s")
-        bad = [b for b in inside if b.run_queue > RUN_QUEUE or b.delay_p99 > DELAY]
-        if len(bad) > max(1, SATURATED_SHARE * len(inside)):
-            said.append(
-                f"load worker {worker} was saturated in {len(bad)} of {len(inside)} s: it sent up to "
-                f"{1000 * max(b.delay_p99 for b in bad):.0f} ms late and waited up to "
-                f"{max(b.run_queue for b in bad):.0%} of a second for a CPU; use more workers or machines"
-            )
-        return said
+    def _trouble(self, ends: tuple[LoadEnd, ...], until: float) -> list[str]:
+        beats = {end.worker: self._beats.get(end.worker, []) for end in ends}
+        return [why for n, mine in beats.items() for why in sound.trouble(n, mine, self._begin, until)]
 
 
 @dataclass(slots=True)

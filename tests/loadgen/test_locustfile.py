@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -53,6 +55,11 @@ def _port() -> int:
     return port
 
 
+def _ended(done: subprocess.CompletedProcess[str]) -> None:
+    """With 0, or with 1 and the reason: on a busy machine the generator may not keep up, and must say so."""
+    assert done.returncode == ("NOT SOUND" in done.stderr), done.stderr
+
+
 def test_headless_with_csv_and_records(url: str, tmp_path: Path) -> None:
     more = ["--headless", "-u", "10", "-r", "10", "-t", "3s", "--host", url, "--csv", str(tmp_path / "stats")]
     done = subprocess.run(
@@ -62,7 +69,7 @@ def test_headless_with_csv_and_records(url: str, tmp_path: Path) -> None:
         timeout=60,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    _ended(done)
     end = json.loads((tmp_path / "records" / "load.0.jsonl").read_text().splitlines()[-1])
     assert end["kind"] == "load_end"
     assert end["planned"] == end["ok"] > 20
@@ -84,11 +91,21 @@ def test_headless_with_csv_and_records(url: str, tmp_path: Path) -> None:
     assert failures == "0"
 
 
-def test_unknown_model_is_one_sentence_and_an_exit_code(url: str) -> None:
-    more = ["--headless", "-u", "1", "-t", "20s", "--host", url, "--model", "huge"]
-    done = subprocess.run(_command(*more), capture_output=True, text=True, timeout=15, check=False)
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--model", "huge"], "has no model 'huge'"),
+        (["--rate", "nan"], "cannot be negative or infinite"),
+        (["--records", "/proc/nowhere"], "the records cannot be written to /proc/nowhere"),
+        (["--metrics-port", "99999"], "/metrics cannot be served on port 99999"),
+    ],
+)
+def test_unknown_model_is_one_sentence_and_an_exit_code(url: str, more: list[str], says: str) -> None:
+    command = _command("--headless", "-u", "1", "-t", "20s", "--host", url, *LOAD, *more)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "has no model 'huge'" in done.stderr
+    assert says in done.stderr
+    assert "account:" not in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -117,6 +134,22 @@ def test_master_and_worker_with_metrics(url: str, tmp_path: Path) -> None:
             lead.kill()
             hand.kill()
     assert "reply,chat," in (tmp_path / "stats_stats.csv").read_text()
+
+
+def test_a_generator_that_stood_still_says_so(url: str, tmp_path: Path) -> None:
+    command = _command("--headless", "-u", "5", "-r", "5", "-t", "6s", "--host", url, *LOAD, "--records", str(tmp_path))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as locust:
+        replies = tmp_path / "replies.0.jsonl"
+        clock.wait_until(lambda: replies.exists() and replies.stat().st_size > 0, within=20, what="replies")
+        locust.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        locust.send_signal(signal.SIGCONT)
+        assert locust.stderr is not None
+        said = locust.stderr.read()
+        assert locust.wait(30) == 1
+    assert "requests were sent more than 10 ms late: believe no latency of this run" in said
+    end = json.loads((tmp_path / "load.0.jsonl").read_text().splitlines()[-1])
+    assert end["planned"] == end["ok"] > 0
 
 
 def test_a_lost_worker_is_said_by_the_master(url: str, tmp_path: Path) -> None:
@@ -155,7 +188,7 @@ def test_a_shape_leads_the_users(url: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "locust", "-f", f"{FILE},{tmp_path / 'shape.py'}", "--headless", "--host", url]
     command += [*LOAD, "--rate", "5", "--records", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
+    _ended(done)
     end = json.loads((tmp_path / "load.0.jsonl").read_text().splitlines()[-1])
     assert end["planned"] == end["ok"]
     replies = [*records.Follower(tmp_path / "replies.0.jsonl").replies()]
