@@ -106,6 +106,12 @@ class Http:
             self._until_close = True
             self.keep_alive = False
 
+    @property
+    def idle_max(self) -> float:
+        """Seconds that the connection may be idle, with a fifth to spare, when the server says so."""
+        found = _TIMEOUT.search(self.headers.get(b"keep-alive", b""))
+        return float("inf") if found is None else 0.8 * int(found[1])
+
     def close(self) -> bool:
         """The connection ended. Tells whether that was a proper end of the body."""
         if self._until_close:
@@ -161,6 +167,7 @@ class Http:
         return b"".join(out)
 
 
+_TIMEOUT = re.compile(rb"timeout=(\d{1,6})")
 _HEX = re.compile(rb"[0-9a-fA-F]{1,15}[ \t]*(?:;|$)")  # int() alone takes signs and underscores
 
 

@@ -79,6 +79,9 @@ def selftest() -> None:
 @click.option("--prefix-tokens", type=click.IntRange(0), default=0, show_default=True, help="tokens of that prefix")
 @click.option("--extra", default="", metavar="JSON", help='merged into every body, like {"ignore_eos": true}')
 @click.option("--deadline", multiple=True, metavar="NAME:SECONDS", help="dns, connect, first_token, stall or total")
+@click.option(
+    "--in-flight-max", type=int, default=2000, show_default=True, help="beyond it requests are shed, and counted"
+)
 @click.option("--ramp", multiple=True, metavar="AT:OVER:TIMES", help="from AT s on, over OVER s, TIMES the rate")
 @click.option("--spike", multiple=True, metavar="AT:LASTING:TIMES", help="TIMES the rate for LASTING s from AT s on")
 @click.option("--traffic", "spec", type=_PATH, help="a traffic spec (JSON) instead of the options above")
@@ -134,7 +137,7 @@ def run(**given: Any) -> None:
     sys.exit(0 if account.sound else 1)
 
 
-_OF_ANY = {"api", "no_stream", "extra", "deadline"}
+_OF_ANY = {"api", "no_stream", "extra", "deadline", "in_flight_max"}
 _OF_A_TRACE = {"speed_up", "offset", "cap", "prompt_max", "output_max"}
 _OF_CHAT = {
     *("rate", "arrivals", "burstiness", "prompt_tokens", "output_tokens", "long_share", "long_tokens", "canary_rate"),
@@ -173,7 +176,7 @@ def _traffic(given: dict[str, Any]) -> Traffic:
             stream=not given["no_stream"],
             extra=given["extra"],
         )
-        return Traffic(streams=(trace,), deadlines=deadlines)
+        return Traffic(streams=(trace,), deadlines=deadlines, in_flight_max=given["in_flight_max"])
     _refuse(_OF_A_TRACE, "goes with --trace")
     lengths = {name: given[name] for name in ("prompt_tokens", "output_tokens") if given[name] is not None}
     return Chat(
@@ -193,6 +196,7 @@ def _traffic(given: dict[str, Any]) -> Traffic:
         prefix_tokens=given["prefix_tokens"],
         extra=given["extra"],
         deadlines=deadlines,
+        in_flight_max=given["in_flight_max"],
         **lengths,
     )
 

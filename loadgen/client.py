@@ -28,7 +28,8 @@ from loadgen.target import Target
 
 READ, WRITE = 1, 2
 IDLE_MAX = 4.0
-"""Seconds after which an idle connection is not used again: below the 5 s at which uvicorn (vLLM) closes it."""
+"""Seconds after which an idle connection is not used again: below the 5 s at which uvicorn (vLLM) closes it.
+A server that announces less (`Keep-Alive: timeout=…`) is believed."""
 OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL, errno.EAGAIN})
 """Errors of this machine (file descriptors, ports, memory): nothing was sent, and the service is not to blame."""
 WE_SLEPT = 0.05
@@ -132,12 +133,12 @@ class Guard:
 class Conn:
     """A connection. `recv` gives None when there is nothing (yet), b"" at the end."""
 
-    __slots__ = ("_in", "_out", "idle_since", "peer", "sock", "tls")
+    __slots__ = ("_in", "_out", "idle_until", "peer", "sock", "tls")
 
     def __init__(self, sock: _socket.socket, peer: str) -> None:
         self.sock = sock
         self.peer = peer
-        self.idle_since = 0.0
+        self.idle_until = 0.0
         self.tls: ssl.SSLObject | None = None
 
     def wait(self, event: int) -> None:
@@ -259,20 +260,24 @@ class Client:
         """An idle connection that still looks alive."""
         while self._idle and not fresh:
             conn = self._idle.popleft()
-            if monotonic() - conn.idle_since <= IDLE_MAX and conn.alive():
+            if monotonic() <= conn.idle_until and conn.alive():
                 return conn
             conn.close()
         return None
 
-    def give_back(self, conn: Conn) -> None:
-        conn.idle_since = monotonic()
+    def give_back(self, conn: Conn, idle_max: float) -> None:
+        conn.idle_until = monotonic() + idle_max
         self._idle.append(conn)
 
     def sweep(self) -> None:
         """Close what has been idle for too long (called every second)."""
-        limit = monotonic() - IDLE_MAX
-        while self._idle and self._idle[0].idle_since < limit:
-            self._idle.popleft().close()
+        now = monotonic()
+        for _ in range(len(self._idle)):
+            conn = self._idle.popleft()
+            if conn.idle_until < now:
+                conn.close()
+            else:
+                self._idle.append(conn)
 
 
 class Failed(Exception):
@@ -315,7 +320,7 @@ class _Exchange:
     def release(self) -> None:
         if self._conn is not None:
             if self._keep:
-                self._client.give_back(self._conn)
+                self._client.give_back(self._conn, min(IDLE_MAX, self._http.idle_max))
             else:
                 self._conn.close()
             self._conn = None

@@ -72,7 +72,7 @@ class Source:
 
         def ended(call: Call) -> None:
             on_end(call)
-            self._punctual.add(call.t_intended, call.t_start)
+            self._punctual.add(call.outcome, call.t_intended, call.t_start)
             if metrics is not None:
                 metrics.reply(call)
 

@@ -181,7 +181,7 @@ class Books:
             self._seen[reply.seq] = 1
             self._classes[reply.cls].add(reply)
             self._tokens += reply.tokens
-            self._punctual.add(reply.t_intended, reply.t_start)
+            self._punctual.add(reply.outcome, reply.t_intended, reply.t_start)
             self._last = max(self._last, reply.t_end)
         for beat in tail.beats:
             self._beats.setdefault(beat.worker, []).append(beat)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gameday.model import Heartbeat
+from gameday.model import Heartbeat, Outcome
 
 RUN_QUEUE = 0.05
 """Share of a second that a worker may wait for a CPU (DESIGN 5, as the judge has it)."""
@@ -16,26 +16,33 @@ SATURATED_SHARE = 0.05
 """Share of the run's seconds that may be worse than that."""
 LATE_SHARE = 0.005
 """Share of the requests that may be sent later than that: half of what decides a p99."""
+SHED_SHARE = 0.01
+"""Share of the requests that may be shed (as the judge has it): what was not sent is in no quantile."""
 SILENT = 3.0
 """Seconds without a heartbeat that make a run unsound."""
 
 
 @dataclass(slots=True)
 class Punctuality:
-    """Counts requests that were sent late. A stop of a second spoils one heartbeat only, but all that was due in it."""
+    """Counts requests sent late, or not at all. A stop of a second spoils one heartbeat, but all that was due in it."""
 
     started: int = 0
     late: int = 0
+    shed: int = 0
 
-    def add(self, t_intended: float, t_start: float | None) -> None:
+    def add(self, outcome: Outcome, t_intended: float, t_start: float | None) -> None:
+        self.shed += outcome is Outcome.CLIENT_SHED
         if t_start is not None:
             self.started += 1
             self.late += t_start - t_intended > DELAY
 
     def trouble(self) -> list[str]:
-        if self.late <= LATE_SHARE * self.started:
-            return []
-        return [f"{self.late} of {self.started} requests were sent more than {1000 * DELAY:.0f} ms late"]
+        said: list[str] = []
+        if self.late > LATE_SHARE * self.started:
+            said.append(f"{self.late} of {self.started} requests were sent more than {1000 * DELAY:.0f} ms late")
+        if self.shed > SHED_SHARE * (self.started + self.shed):
+            said.append(f"{self.shed} requests were never sent: too many were under way, or this machine ran short")
+        return said
 
 
 def trouble(worker: int, beats: Iterable[Heartbeat], begin: float, end: float) -> list[str]:

@@ -166,8 +166,11 @@ def test_tls_completions_and_whole_answers(cert: Path, tmp_path: Path) -> None:
     )
     with Server(cert=cert) as url:
         assert one_token(url, "tiny", ca_file=cert).ok
-        with pytest.raises(LoadError, match=r"TLS with .* failed: self-signed certificate"):
+        with pytest.raises(LoadError, match=r"TLS with .* failed: self-signed certificate; name the CA"):
             one_token(url, "tiny")
+    with Server() as plain, pytest.raises(LoadError, match=r"TLS with .* failed: \S+$"):
+        one_token(plain.replace("http:", "https:"), "tiny")
+    with Server(cert=cert) as url:
         replies = _run(url, tmp_path, streams, cert)
         assert {r.outcome for r in replies} == {Outcome.OK}
         assert {r.cls for r in replies} == {"chat", "talk", "text", "whole", "whole text"}

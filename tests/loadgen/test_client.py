@@ -225,6 +225,15 @@ def test_an_odd_end_of_a_kept_connection_is_not_used_again(ask: Asker) -> None:
         assert [r.conn_reused for r in ask(server.port, times=3, fresh=True)] == [False] * 3
 
 
+def test_a_server_that_keeps_connections_briefly_is_believed(ask: Asker) -> None:
+    """Else it closes while the next request is on its way, and that would look like a failure."""
+    end = chunk(event("a")) + chunk(STOP) + chunk(DONE) + b"0\r\n\r\n"
+    for keep, reused in ((b"timeout=0", False), (b"timeout=5, max=100", True)):
+        head = misbehave.HEAD[:-2] + b"Keep-Alive: " + keep + b"\r\n\r\n"
+        with serving(says(head + end)) as server:
+            assert ask(server.port, times=2)[1].conn_reused is reused
+
+
 def test_an_address_that_swallows_everything_does_not_hide_the_next(ask: Asker) -> None:
     hole = misbehave.Full()
     body = misbehave.HEAD + chunk(event("a")) + chunk(STOP) + chunk(DONE) + b"0\r\n\r\n"

@@ -236,6 +236,15 @@ def test_a_short_stop_in_a_long_run_is_refused() -> None:
     assert why.endswith("requests were sent more than 10 ms late")
 
 
+def test_an_outage_cannot_hide_in_what_was_shed() -> None:
+    books, plan, replies, _ = _books(100)
+    shed = [dataclasses.replace(r, outcome=Outcome.CLIENT_SHED, t_start=None) for r in replies[:20]]
+    books.take(launch.Tail((*shed, *replies[20:]), tuple(_beat(101 + n) for n in range(100))))
+    end = LoadEnd(200, 0, len(plan), len(plan) - 20, 0, 20, 0, 200)
+    (why,) = books.account((end,), ended="plan", clocks={}, out=Path("x")).unsound
+    assert why.startswith("20 requests were never sent")
+
+
 def test_silence_is_refused_and_one_bad_second_is_not() -> None:
     books, _, replies, end = _books()
     books.take(
