@@ -128,8 +128,9 @@ class Sampler:
 
 def _short(wrong: Exception) -> str:
     text = str(wrong)
-    if isinstance(wrong, requests.Timeout):
-        return f"timeout after {TIMEOUT:.0f} s"
+    # Without retries, urllib3 wraps a read timeout, and requests calls that a failed connection.
+    if isinstance(wrong, requests.Timeout) or "timed out" in text:
+        return f"timeout after {TIMEOUT:g} s"
     if isinstance(wrong, requests.ConnectionError):
         return "connection failed"
     return text[:200]
