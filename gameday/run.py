@@ -423,6 +423,7 @@ class Session:
                 self.tape.note("inconclusive", wrong)
             if self._sampler:
                 self._sampler.stop()
+            self._compare_watches()
         finally:
             try:
                 self._clean()
@@ -430,6 +431,16 @@ class Session:
                 if self._watcher:
                     self._watcher.stop()
                 self.tape.close()
+
+    def _compare_watches(self) -> None:
+        if self._watcher is None or self._harm is None or self.interrupted is not None:
+            return
+        try:
+            wrong = self._watcher.differs()
+        except ClusterError as unseen:
+            wrong = str(unseen)
+        if wrong:
+            self.tape.note("inconclusive", f"Kubernetes cannot be seen: {wrong}")
 
     def _clean(self) -> None:
         if self._reach:

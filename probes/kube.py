@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,16 @@ class Detection:
     node: str
     text: str
     t: float
+
+
+CATCH_UP = 5.0  # seconds in which a watch may still deliver what a list shows already
+
+
+def _odd(shown: Mapping[str, Pod] | Mapping[str, Node], fresh: Mapping[str, Pod] | Mapping[str, Node]) -> str:
+    """The name of one that is in only one of the two, or not as ready in both."""
+    for uid in shown.keys() ^ fresh.keys():
+        return (shown.get(uid) or fresh[uid]).name
+    return next((one.name for uid, one in fresh.items() if one.ready != shown[uid].ready), "")
 
 
 class Watcher:
@@ -83,6 +94,27 @@ class Watcher:
         now = clock.now()
         silent = [name for name, last in self._alive.items() if now - last > longer_than]
         return f"no word from the watch of {', '.join(silent)} for {longer_than:.0f} s" if silent else ""
+
+    def differs(self, within: float = CATCH_UP) -> str:
+        """In which way the watches show another cluster than a fresh list does; "" when they agree, within a bound.
+
+        A watch that went blind shortly before the end has not been silent for long enough to be noticed.
+        """
+        told = ""
+
+        def agree() -> bool:
+            nonlocal told
+            nodes = {node.uid: node for node in self._cluster.nodes()}
+            zones = {node.name: node.zone for node in nodes.values()}
+            pods = {p.uid: p for p in self._cluster.pods(zones=zones) if p.labels.get(MANAGED) != "gameday"}
+            with self._lock:
+                odd = _odd(self._pods, pods) or _odd(self._nodes, nodes)
+            told = odd and f"{odd} is not as the watch last showed it"
+            return not told
+
+        with suppress(clock.Waited):
+            clock.wait_until(agree, within=within, what="the watches to agree with the cluster")
+        return told
 
     def stop(self) -> None:
         self._stop.set()
