@@ -20,6 +20,7 @@ from urllib3.util.retry import Retry
 from gameday import clock
 from gameday.errors import PrometheusError, SettingsError
 from gameday.model import Sample
+from probes.alerts import Alerts
 
 TIMEOUT = 3.0  # seconds for one query
 RAW = 2000  # characters of a raw answer kept as evidence
@@ -76,6 +77,16 @@ class Prometheus:
     def close(self) -> None:
         self._connect.close()
 
+    def series(self, query: str) -> list[dict[str, str]]:
+        """The labels of all series that answer. Raises `PrometheusError` where there is no answer."""
+        try:
+            found = self._connect.custom_query(query, timeout=TIMEOUT)
+            return [{str(k): str(v) for k, v in one["metric"].items()} for one in found]
+        except (requests.RequestException, PrometheusApiClientException, AttributeError, KeyError, ValueError) as wrong:
+            raise PrometheusError(f"Prometheus at {self.url} does not answer {query} ({_short(wrong)}).") from wrong
+        except TypeError as wrong:
+            raise PrometheusError(f"Prometheus at {self.url} answers {query} with no series.") from wrong
+
     def targets_up(self) -> float:
         """How many targets are up, by fresh data. Raises `PrometheusError` when there is none."""
         found = self.sample("up", "count(up == 1)")
@@ -95,6 +106,7 @@ class Sampler:
         emit: Callable[[Sample], None],
     ) -> None:
         self._prometheus, self._queries, self._interval, self._emit = prometheus, queries, interval, emit
+        self._alerts = Alerts(prometheus)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prometheus", daemon=True)
         self.last_good = clock.now()
@@ -123,6 +135,8 @@ class Sampler:
             self._emit(alive)
             for name, query in self._queries:
                 self._emit(self._prometheus.sample(name, query))
+            for changed in self._alerts.look():
+                self._emit(changed)
             self._stop.wait(max(0.05, self._interval - (clock.now() - begun)))
 
 

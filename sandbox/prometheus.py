@@ -13,6 +13,7 @@ from sandbox.options import Clocks, Options
 
 PORT = 9090  # on the fabric's loopback
 DISCOVERY_PORT = 9091
+RULES = "alerts.yml"  # beside prometheus.yml
 _PLACES = ("/usr/bin", "/opt/prometheus", "/usr/local/bin")
 
 
@@ -68,12 +69,34 @@ def config(clocks: Clocks) -> str:
     return yaml.safe_dump(
         {
             "global": {"scrape_interval": interval, "scrape_timeout": timeout, "evaluation_interval": interval},
+            "rule_files": [RULES],
             "scrape_configs": [
                 {"job_name": "kubernetes-pods", "http_sd_configs": [discovery], "relabel_configs": relabel}
             ],
         },
         sort_keys=False,
     )
+
+
+def rules(clocks: Clocks) -> str:
+    """Alerts on the stack, as a production one has them (deploy/prometheus), at the pace of the clocks.
+
+    A rollout may surge by a third without one of them.
+    """
+    look = max(10, round(20 * clocks.scrape_interval))  # seconds
+    engines = 'count by (namespace) (up{app=~"my-llama32.*"} == 1)'
+    asked = f"sum by (namespace) (rate(gateway_requests_total[{look // 2}s]))"
+    errors = f'sum by (namespace) (rate(gateway_requests_total{{code=~"5.."}}[{look // 2}s]))'
+    every = max(1, round(clocks.scrape_interval))
+    alerts = {
+        "LLMEnginesLost": f"{engines} < 0.7 * max_over_time({engines}[{look}s:{every}s])",
+        "LLMErrorsBurn": f"{errors} / {asked} > 0.05",
+    }
+    listed = [
+        {"alert": name, "expr": expr, "for": f"{every}s", "labels": {"severity": "page"}}
+        for name, expr in alerts.items()
+    ]
+    return yaml.safe_dump({"groups": [{"name": "stack", "rules": listed}]}, sort_keys=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +110,7 @@ def prepare(binary: Path, directory: Path, clocks: Clocks, public_url: str) -> C
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "prometheus.yml"
     file.write_text(config(clocks))
+    (directory / RULES).write_text(rules(clocks))
     argv = (
         str(binary),
         f"--config.file={file}",

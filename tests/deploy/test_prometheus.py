@@ -10,6 +10,9 @@ import promtool
 import pytest
 import yaml
 
+from sandbox import prometheus as sandbox_prometheus
+from sandbox.options import COMPRESSED, REAL, Clocks
+
 DAY = 1440  # minutes
 POD = 'namespace="llm",model_name="m",pod="{pod}"'
 
@@ -188,3 +191,34 @@ def test_every_alert_says_what_to_do() -> None:
     for name, rule in alerts().items():
         assert rule["labels"]["severity"] in ("page", "ticket", "info"), name
         assert rule["annotations"]["summary"] and rule["annotations"]["description"], name
+
+
+@pytest.mark.parametrize("clocks", [COMPRESSED, REAL], ids=lambda c: c.name)
+def test_the_sandbox_s_alerts_are_promql(tmp_path: Path, clocks: Clocks) -> None:
+    path = tmp_path / "alerts.yml"
+    path.write_text(sandbox_prometheus.rules(clocks))
+    done = promtool.run("check", "rules", path)
+    assert done.returncode == 0 and "2 rules found" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_sandbox_s_alerts_fire_when_engines_are_lost_and_not_when_a_rollout_surges(tmp_path: Path) -> None:
+    (tmp_path / "alerts.yml").write_text(sandbox_prometheus.rules(COMPRESSED))
+    lives = ["1x120"] * 4 + ["1x30 stale _x19 1x70"] * 2 + ["_x70 1x20 stale _x29"] * 2  # six, of which two go and come; two more
+    series = [
+        {"series": f'up{{app="my-llama32",namespace="llm",pod="{i}"}}', "values": values}
+        for i, values in enumerate(lives)
+    ]
+    fires = {"exp_labels": {"severity": "page", "namespace": "llm"}}
+    asked = [
+        {"eval_time": f"{at}s", "alertname": "LLMEnginesLost", "exp_alerts": [fires] if lost else []}
+        for at, lost in ((20, False), (35, True), (46, True), (56, False), (75, False), (95, False), (110, False))
+    ]
+    tests = {
+        "rule_files": ["alerts.yml"],
+        "evaluation_interval": "1s",
+        "tests": [{"interval": "1s", "input_series": series, "alert_rule_test": asked}],
+    }
+    path = tmp_path / "tests.yml"
+    path.write_text(yaml.safe_dump(tests))
+    done = promtool.run("test", "rules", path)
+    assert done.returncode == 0, done.stdout + done.stderr
