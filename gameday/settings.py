@@ -24,7 +24,7 @@ from pydantic_settings import (
 from pydantic_settings.exceptions import SettingsError as EnvironmentUnreadable
 
 from gameday.censor import censored
-from gameday.conditions import Threshold
+from gameday.conditions import Freeze, Threshold
 from gameday.errors import SettingsError
 from reports.notify import Notify
 
@@ -75,6 +75,16 @@ class Settings(BaseSettings):
 
     # what a fault may touch
     max_share: Share = 0.5  # of the ready replicas
+    max_zones: Share = 0.5  # of the zones with engines, lost altogether
+    max_nodes: Share = 0.5  # of all nodes
+    protected: str = "gameday.dev/protected=true"  # label of pods and nodes that are never hit
+    overrule_pdbs: bool = False  # hit more than a PodDisruptionBudget's minAvailable leaves
+    utilisation: str = ""  # PromQL: how busy the average engine is, 0–1; "": capacity is not checked
+    max_utilisation: Share = 0.9  # of those that are left
+    freeze: tuple[str, ...] = ()  # "Fri 16:00-Mon 08:00", "2026-12-20..2027-01-03"; local time
+    incident_command: tuple[str, ...] = ()  # exit code 0: no incident is open
+    incident_url: str = ""  # answers 204, [] or {"incidents": []} when none is open
+    incident_token_file: Path | None = None
     expendable: bool = False  # sandbox only: lifts max_share and the last-zone rule
     allow_node_replacement: bool = False
     prober_image: str = "python:3.12-alpine"
@@ -115,6 +125,17 @@ class Settings(BaseSettings):
         """`stop_when`, parsed."""
         return tuple(Threshold.parse(one) for one in self.stop_when)
 
+    @property
+    def freezes(self) -> tuple[Freeze, ...]:
+        return tuple(Freeze.parse(one) for one in self.freeze)
+
+    @field_validator("freeze")
+    @classmethod
+    def _freeze(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for one in value:
+            Freeze.parse(one)
+        return value
+
     @field_validator("stop_when")
     @classmethod
     def _stop_when(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -130,7 +151,7 @@ class Settings(BaseSettings):
             raise ValueError('write label matchers, as in severity="critical",team=~"a|b"')
         return value
 
-    @field_validator("target", "prometheus")
+    @field_validator("target", "prometheus", "incident_url")
     @classmethod
     def _url(cls, value: str) -> str:
         if not value:
