@@ -10,6 +10,7 @@ Raises `TargetError`; nothing is changed.
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,6 +39,10 @@ class Radius:
     pods: frozenset[str]
     nodes: frozenset[str]
 
+    @classmethod
+    def of(cls, plan: Plan) -> Radius:
+        return cls(frozenset(plan.facts.pods), frozenset(plan.facts.nodes))
+
     def holds(self, pod: Pod) -> bool:
         return pod.key in self.pods or pod.node in self.nodes
 
@@ -46,13 +51,26 @@ def check(plan: Plan, view: View, settings: Settings, cluster: Cluster) -> tuple
     """Raise `TargetError` for the first thing that is wrong; returns what could not be looked at, in words."""
     for _, manifest in manifests(plan.acts):
         _selects(manifest, settings.allow_namespaces)
-    radius = Radius(frozenset(plan.facts.pods), frozenset(plan.facts.nodes))
+    radius = Radius.of(plan)
+    unseen = []
     if not view.expendable:
         _shares(radius, plan, view, settings)
         if not settings.overrule_pdbs:
-            _budgets(radius, view, cluster)
+            try:
+                budgets = cluster.list(PDBS, view.namespace)
+            except Refused as refused:
+                unseen.append(f"PodDisruptionBudgets cannot be seen: {refused}")
+            else:
+                _budgets(radius, view, budgets)
     _protected(radius, view, cluster, settings.protected)
-    return tuple(_own_ground(radius, view, settings, cluster))
+    return (*unseen, *_own_ground(radius, view, settings, cluster))
+
+
+def busy_without(plan: Plan, view: View, busy: float) -> tuple[float, int, int]:
+    """(how busy the average engine left would be, engines hit, engines ready), when it is `busy` with all of them."""
+    hit = sum(Radius.of(plan).holds(pod) for pod in view.ready)
+    left = len(view.ready) - hit
+    return (busy * len(view.ready) / left if left else math.inf), hit, len(view.ready)
 
 
 # ── selectors and shares ────────────────────────────────────────────────────────────────────────
@@ -69,7 +87,7 @@ def _selects(manifest: Obj, allowed: tuple[str, ...]) -> None:
             raise TargetError(f"{name} has an empty selector, which would mean every pod: it must name its targets.")
         if outside := sorted(namespaces - set(allowed)):
             raise TargetError(
-                f"{name} reaches into {', '.join(outside)}, which allow_namespaces ({', '.join(allowed)}) does not name."
+                f"{name} reaches into {', '.join(outside)}, which is not in allow_namespaces ({', '.join(allowed)})."
             )
 
 
@@ -114,12 +132,12 @@ def _protected(radius: Radius, view: View, cluster: Cluster, label: str) -> None
         raise TargetError(f"{', '.join(sorted(names)[:4])} must not be hit: the label {label} protects it.")
 
 
-def _budgets(radius: Radius, view: View, cluster: Cluster) -> None:
+def _budgets(radius: Radius, view: View, budgets: Iterable[Obj]) -> None:
     """A budget's minAvailable says how many it takes to carry the load; maxUnavailable only limits who may evict.
 
     Either way, a budget that is not met before anything was done means that something is wrong already.
     """
-    for budget in cluster.list(PDBS, view.namespace):
+    for budget in budgets:
         name, spec, status = budget["metadata"]["name"], budget["spec"], budget.get("status") or {}
         pods = [pod for pod in view.pods if _matches(spec.get("selector") or {}, pod.labels)]
         hit = [pod for pod in pods if pod.ready and radius.holds(pod)]
@@ -128,12 +146,12 @@ def _budgets(radius: Radius, view: View, cluster: Cluster) -> None:
         healthy, desired = status.get("currentHealthy", 0), status.get("desiredHealthy", 0)
         if healthy < desired:
             raise TargetError(
-                f"PodDisruptionBudget {name} is not met as it is ({healthy} healthy of {desired} wanted): wait until it is."
+                f"PodDisruptionBudget {name} is not met as it is ({healthy} healthy of {desired}): wait until it is."
             )
         if "minAvailable" in spec and healthy - len(hit) < desired:
             raise TargetError(
-                f"PodDisruptionBudget {name} wants {desired} pods, and {healthy - len(hit)} of {healthy} would be left: "
-                "the rest could not carry the load. Choose a smaller target, or set overrule_pdbs if that is the test."
+                f"PodDisruptionBudget {name} wants {desired} pods; {healthy - len(hit)} of {healthy} would be left, "
+                "too few to carry the load. Choose a smaller target, or set overrule_pdbs if that is the test."
             )
 
 
@@ -160,7 +178,7 @@ def _matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
 def _own_ground(radius: Radius, view: View, settings: Settings, cluster: Cluster) -> Iterator[str]:
     for what, url in (("Prometheus", settings.prometheus), ("the gateway that the load goes through", settings.target)):
         try:
-            _refuse_if_all(radius, what, _behind(url, view, cluster))
+            _refuse_if_all(radius, what, _behind(url, view, cluster, settings.in_cluster))
         except Refused as refused:
             yield f"whether {what} ({url}) lies inside the blast radius cannot be seen: {refused}"
     if settings.in_cluster:
@@ -188,14 +206,16 @@ def _refuse_if_all(radius: Radius, what: str, pods: Iterable[Pod]) -> None:
         raise TargetError(f"{what} lies inside the blast radius ({names}): it would be lost with what it is to watch.")
 
 
-def _behind(url: str, view: View, cluster: Cluster) -> list[Pod]:
+def _behind(url: str, view: View, cluster: Cluster, in_cluster: bool) -> list[Pod]:
     """The pods that answer at a URL: a pod's own address, or a Service's ready endpoints. None: outside the cluster."""
-    host = urlsplit(url).hostname or ""
+    host = urlsplit(url).hostname
+    if host is None:
+        return []
     try:
         ipaddress.ip_address(host)
     except ValueError:
         parts = host.split(".")
-        if len(parts) > 1 and parts[2:3] not in ([], ["svc"]):
+        if parts[2:3] != ["svc"] and not (in_cluster and 1 <= len(parts) <= 2):
             return []  # a name of the world outside
         namespace = parts[1] if len(parts) > 1 else view.namespace
         return _endpoints(parts[0], namespace, view, cluster)

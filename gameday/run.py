@@ -19,10 +19,10 @@ import yaml
 
 from faults.act import NotInjected, manifests, perform
 from faults.base import EXPIRES, MANAGED, RUN, Apply, Job, Plan, Undo, View
-from gameday import clock, finish, halt, record
+from gameday import clock, finish, halt, leave, radius, record
 from gameday.clock import Epoch, Instant
 from gameday.effects import Effects
-from gameday.errors import ClusterError, GamedayError, RecordError
+from gameday.errors import ClusterError, GamedayError, RecordError, TargetError
 from gameday.flow import DRAIN, RECENT, Flow
 from gameday.guard import Guard
 from gameday.halt import Ear
@@ -119,10 +119,15 @@ class Session:
         self.tape.open(self.dir)
         preflight = Preflight(self._cluster, self._arena.prometheus, self._settings)
         preflight.demand()
+        leave.ask(self._settings, self.spec.expected(self._settings), self._arena.prometheus)
         view = self.view()
-        self._plan = plan = self.spec.fault.plan(view)
+        plan = self.spec.fault.plan(view)
+        unseen = radius.check(plan, view, self._settings, self._cluster)
         preflight.demand_for(plan)
+        self._plan = plan
         self._write_run()
+        for one in unseen:
+            self.tape.note("warning", one)
         expected = self.spec.expected(self._settings)
         self.tape.say(f"{plan.facts.title} · expected to take up to {show_duration(round(expected))}")
         self._lock = Lock(self._cluster, self._holder, dict(view.labels), cluster_wide=plan.cluster_wide)
@@ -252,7 +257,7 @@ class Session:
     def inject(self) -> None:
         """All acts in order, each with its control proof and the proof of its effect."""
         assert self._plan is not None and self._reach is not None and self._effects is not None
-        if self.stopped or not self._still_valid(self._plan):
+        if self.stopped or not self._still_valid(self._plan) or not self._may_begin(self._plan):
             return
         self._reach.settle()
         for act in self._plan.acts:
@@ -293,6 +298,30 @@ class Session:
             self.stop("inconclusive", f"the cluster changed between the plan and the injection: {what}")
             return False
         return True
+
+    def _may_begin(self, plan: Plan) -> bool:
+        """Still no incident is open, and the engines that are left can carry the load that flows now."""
+        settings = self._settings
+        try:
+            leave.ask(settings, self.spec.expected(settings), self._arena.prometheus)
+        except TargetError as wrong:
+            self.stop("inconclusive", f"nothing was injected: {wrong}")
+            return False
+        if not settings.utilisation:
+            return True
+        busy = self._arena.prometheus.sample("utilisation", settings.utilisation)
+        self.tape.sample(busy)
+        if busy.value is None:
+            self.stop("inconclusive", f"nothing was injected: how busy the engines are is not known ({busy.error})")
+            return False
+        then, hit, ready = radius.busy_without(plan, self.view(), busy.value)
+        if then > settings.max_utilisation:
+            self.stop(
+                "inconclusive",
+                f"nothing was injected: the rest could not carry the load. The engines are {busy.value:.0%} busy; "
+                f"without {hit} of {ready} of them it would be {then:.0%}, more than max_utilisation",
+            )
+        return then <= settings.max_utilisation
 
     # ── during ──────────────────────────────────────────────────────────────────────────────
 
