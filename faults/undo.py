@@ -12,6 +12,7 @@ from gameday.kinds import BY_KIND, NODES
 
 PAUSE = "/pause"  # Chaos Mesh's pod-failure image is `…/pause`
 EVERY = 0.1  # seconds between looks
+SLOW = 1.0  # seconds; an answer that took longer was waited for by the client, which rides out lost connections
 RETRY_MAX = 2.0  # seconds; after an error looks are spaced out, doubling, up to so much
 
 
@@ -29,6 +30,7 @@ class Work:
         self._counted = self.begun  # from when on `within` counts
         self._pause, self._next = EVERY, self.begun
         self._error: ClusterError | None = None
+        self._away = False
         self._stuck = stuck.Watch(within)
 
     def look(self) -> str | None:
@@ -36,8 +38,8 @@ class Work:
 
         Raises `HealError` with what is left, and the command that undoes it by hand, when the time is over.
         """
-        now = clock.now()
-        if now < self._next:
+        asked = clock.now()
+        if asked < self._next:
             return None
         try:
             found = self._step()
@@ -50,11 +52,13 @@ class Work:
                 return f"{found}{self._stuck.told}"
         now = clock.now()
         self._next = now + self._pause
-        away = isinstance(self._error, Unreachable)
+        away, was_away, self._away = isinstance(self._error, Unreachable), self._away, False
+        if away and now < self._until:
+            self._away = True
+        elif (was_away or now - asked > SLOW) and now < max(self._until, self.begun + 2 * self._within):
+            self._counted = now  # an API server that was away took nothing off the time for the undo itself
         if now >= (max(self._counted + self._within, self._until) if away else self._counted + self._within):
             raise HealError(self._late())
-        if away and self._until > now:
-            self._counted = now  # an API server that is away takes nothing off the time that is left for the undo
         return None
 
     def _late(self) -> str:

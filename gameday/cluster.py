@@ -185,7 +185,10 @@ class Cluster:
         try:
             answer = api.call_api(*request, _request_timeout=timeout)
         except ApiException as refused:
-            raise _refused(refused.status or 0, refused.body or refused.reason or "", refused.headers) from refused
+            if not refused.status:  # the client's word for a TLS connection that broke: nobody answered
+                why = censored(str(refused.reason or "the TLS connection broke"))
+                raise Unreachable(f"The API server of {self.name!r} does not answer: {why}") from refused
+            raise _refused(refused.status, refused.body or refused.reason or "", refused.headers) from refused
         except (urllib3.exceptions.HTTPError, OSError) as lost:
             cause = getattr(lost, "reason", None) or lost
             raise Unreachable(

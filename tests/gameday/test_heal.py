@@ -1,0 +1,150 @@
+"""Healing in the worst moments: an undo that hangs, an API server that is away, and nothing that is not ours."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from severed import line
+
+from faults import undo as undoing
+from faults.base import CORDONED, MANAGED, RUN, Undo
+from gameday import clock, heal as heal_
+from gameday.cluster import Cluster
+from gameday.heal import Healer
+from gameday.kinds import CONFIGMAPS, NODES, PODS
+from gameday.ledger import Ledger, leftovers
+from gameday.model import FaultMark, Note, Step
+from gameday.tape import Tape
+
+LABELS = {MANAGED: "gameday", RUN: "r1"}
+
+
+@pytest.fixture(autouse=True)
+def swept(cluster: Cluster) -> Iterator[None]:
+    yield
+    for found in cluster.list(NODES):
+        cluster.delete(NODES, found["metadata"]["name"])
+    for found in cluster.list(CONFIGMAPS, "llm", labels=f"{MANAGED}=gameday"):
+        cluster.delete(CONFIGMAPS, found["metadata"]["name"], "llm")
+
+
+def cordon(cluster: Cluster, *names: str) -> list[Undo]:
+    undos = []
+    for name in names:
+        metadata = {"name": name, "annotations": {CORDONED: "t1"}}
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"unschedulable": True}}
+        uid = cluster.create(NODES, node)["metadata"]["uid"]
+        undos.append(Undo("uncordon", "cordon", name, uid=uid, value="t1"))
+    return undos
+
+
+def stuck_pod(cluster: Cluster, name: str) -> Undo:
+    """What no delete takes away until its finalizer is lifted."""
+    metadata = {"name": name, "namespace": "llm", "labels": LABELS, "finalizers": ["example.org/held"]}
+    spec = {"containers": [{"name": "c", "image": "busybox:1.36"}]}
+    cluster.create(PODS, {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+    return Undo("delete", "held", name, kind="Pod", namespace="llm")
+
+
+def release(cluster: Cluster, name: str) -> None:
+    if cluster.find(PODS, name, "llm"):
+        cluster.patch(PODS, name, {"metadata": {"finalizers": None}}, "llm")
+
+
+def healer(cluster: Cluster, undos: list[Undo], tmp_path: Path, within: float) -> tuple[Healer, Tape]:
+    tape = Tape(lambda _: None)
+    ledger = Ledger(cluster, tmp_path / "ledger.jsonl", "gd-t1-ledger", LABELS)
+    ledger.write(undos)
+    return Healer(cluster, ledger, undos, tape, within), tape
+
+
+def cordoned(cluster: Cluster) -> list[str]:
+    return [node.name for node in cluster.nodes() if node.unschedulable]
+
+
+def steps(tape: Tape) -> list[tuple[str, bool]]:
+    return [(e.what, e.ok) for e in tape.events if isinstance(e, FaultMark) and e.step is Step.RECOVERED]
+
+
+def test_undos_that_hang_eat_nobodys_time(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three hang for all of their time; the two after them are done long before that."""
+    monkeypatch.setattr(heal_, "PATIENCE", 0.3)
+    stuck = [stuck_pod(cluster, f"held-{number}") for number in range(3)]
+    undos = [*stuck, *cordon(cluster, "n1", "n2")]
+    made, tape = healer(cluster, undos, tmp_path, within=6)
+    seen: list[float] = []
+    begun = clock.now()
+
+    def look() -> None:
+        clock.wait_until(lambda: cordoned(cluster) == [], within=60, what="both nodes uncordoned")
+        seen.append(clock.now() - begun)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    assert not made.heal()
+    whole = clock.now() - begun
+    watcher.join()
+    assert seen[0] < whole - 1, f"uncordoned after {seen[0]:.1f} of {whole:.1f} s"
+    assert sorted(steps(tape)) == [("cordon", True)] * 2 + [("held", False)] * 3
+    assert [entry.name for _, entry in leftovers(cluster)[0].entries] == ["held-0", "held-1", "held-2"]
+    for entry in stuck:
+        release(cluster, entry.name)
+    assert made.heal() and leftovers(cluster)[0].entries == ()
+
+
+def test_an_api_server_that_is_away_is_tried_until_it_is_back(
+    cluster: Cluster, kubeconfig: Path, tmp_path: Path
+) -> None:
+    """It is away for longer than an undo may take; the fault has not ended by itself yet."""
+    undos = cordon(cluster, "n1", "n2")
+    with line(kubeconfig, tmp_path) as api:
+        through = Cluster.connect(context="gameday-sandbox", kubeconfig=api.kubeconfig, namespace="llm")
+        made, tape = healer(through, undos, tmp_path, within=1)
+        api.cut()
+        threading.Timer(4, api.join).start()
+        begun = clock.now()
+        assert made.heal(until=clock.now() + 60), tape.events
+        took = clock.now() - begun
+    assert cordoned(cluster) == [] and 4 <= took < 20
+    assert api.refused < 40, "tried again with back-off, not in a rush"
+    assert steps(tape) == [("cordon", True)] * 2
+
+
+def test_an_api_server_that_never_comes_back_is_given_up_at_the_faults_own_end(
+    cluster: Cluster, kubeconfig: Path, tmp_path: Path
+) -> None:
+    undos = cordon(cluster, "n1")
+    with line(kubeconfig, tmp_path) as api:
+        through = Cluster.connect(context="gameday-sandbox", kubeconfig=api.kubeconfig, namespace="llm")
+        made, tape = healer(through, undos, tmp_path, within=0.5)
+        api.cut()
+        begun = clock.now()
+        assert not made.heal(until=clock.now() + 3)
+        assert 3 <= clock.now() - begun < 20
+    (told,) = [event.text for event in tape.events if isinstance(event, Note)]
+    assert "does not answer" in told and "by hand: kubectl uncordon n1" in told
+    assert [entry for _, entry in leftovers(cluster)[0].entries] == undos, (
+        "it is still in the ledger, for `gameday heal`"
+    )
+
+
+def test_whoever_cordons_at_the_same_instant_is_not_overruled(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our look and our patch somebody takes the node over (their mark replaces ours)."""
+    (entry,) = cordon(cluster, "n1")
+    real = Cluster.find
+
+    def find(self: Cluster, *given: Any, **more: Any) -> Any:
+        found = real(self, *given, **more)
+        monkeypatch.setattr(Cluster, "find", real)
+        self.patch(NODES, "n1", {"metadata": {"annotations": {CORDONED: "t2"}}})
+        return found
+
+    monkeypatch.setattr(Cluster, "find", find)
+    assert "not cordoned by us" in undoing.undo(cluster, entry, within=5)
+    assert cordoned(cluster) == ["n1"]
