@@ -153,3 +153,14 @@ def manifests(acts: tuple[Act, ...]) -> Iterator[tuple[str, Obj]]:
     for act in acts:
         if isinstance(act, Apply | Job):
             yield act.what, act.manifest
+
+
+def by_hand(act: Act) -> str:
+    """The command that would do what an act changes on nodes; "" for acts that create an object."""
+    if isinstance(act, Cordon):
+        nodes = " ".join(act.nodes)
+        return f"kubectl cordon {nodes} && kubectl annotate node {nodes} {CORDONED}={act.token}"
+    if isinstance(act, Allocatable):
+        value = f'{{"status":{{"allocatable":{{"{act.resource}":"{act.value}"}}}}}}'
+        return f"kubectl patch node {act.node} --subresource=status --type=merge -p '{value}'"
+    return ""

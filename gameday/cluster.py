@@ -100,6 +100,7 @@ class Node:
     gpus: int  # allocatable
     cordoned_by: str = ""  # our mark, "" when somebody else cordoned it
     conditions: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # type → (status, reason)
+    taints: tuple[tuple[str, str], ...] = ()  # (key, effect) that keep pods away, but for Kubernetes' own and GPUs'
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,6 +429,13 @@ def to_node(obj: Obj) -> Node:
         cordoned_by=(obj["metadata"].get("annotations") or {}).get(CORDONED, ""),
         gpus=int(status.get("allocatable", {}).get("nvidia.com/gpu", 0)),
         conditions=conditions,
+        taints=tuple(
+            (one["key"], one["effect"])
+            for one in obj.get("spec", {}).get("taints") or []
+            if one.get("effect") != "PreferNoSchedule"
+            and not one["key"].startswith("node.kubernetes.io/")
+            and one["key"] != "nvidia.com/gpu"
+        ),
     )
 
 

@@ -6,7 +6,7 @@ from faults.base import Apply, Cut, Dead, Detected, Job, Plan
 from gameday import clock
 from gameday.cluster import Cluster
 from gameday.ledger import strays
-from gameday.model import NodeMark, Step
+from gameday.model import NodeMark, PodMark, Step
 from gameday.tape import Tape
 from probes.kube import Watcher
 from probes.reach import EVERY, LOST, Reach, Seen
@@ -79,6 +79,15 @@ class Effects:
             proof = getattr(act, "proof", None)
             if isinstance(act, Job) and isinstance(proof, Detected) and not self._detected(proof):
                 self._tape.mark(Step.EFFECT, False, "signal", f"no detector reported Xid {proof.xid} on {proof.node}")
+
+    def tell_uncovered(self) -> None:
+        """Pods born in the broken zone after the injection are not broken: Chaos Mesh chooses its targets once."""
+        zone, marks = self._plan.facts.zone, [mark for mark in list(self._tape.events) if isinstance(mark, PodMark)]
+        uncovered = {mark.uid for mark in marks if mark.stage == "created" and not mark.covered}
+        born = sorted({mark.pod for mark in marks if mark.uid in uncovered and mark.zone == zone})
+        if zone and self._plan.cuts and born:
+            names = ", ".join(born)
+            self._tape.note("warning", f"born in zone {zone} after the injection, and so not cut off: {names}")
 
     def see_gone(self, cluster: Cluster, run: str) -> None:
         """The effect must be seen to be gone, not only called so."""

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from faults import Fault, Zone
-from faults.act import manifests
+from faults.act import by_hand
 from gameday import arena as arena_, settings as settings_
 from gameday.errors import ExperimentError, GamedayError, MissingCapability, TargetError
 from gameday.gating import Held
@@ -201,14 +201,17 @@ def remember(item: pytest.Item, judgement: Judgement) -> None:
 def dry_run(arena: Arena, spec: Spec) -> None:
     """Print what would be applied, and let the server validate it (dryRun=All)."""
     session = Session(arena, spec)
-    session.check_spec()
-    plan = spec.fault.plan(session.view())
+    plan, objects = session.rehearse()
     arena.say(f"dry run: {plan.facts.title}")
-    for _, manifest in manifests(plan.acts):
+    for manifest in objects:
         arena.say("---\n" + yaml.safe_dump(manifest, sort_keys=False))
+    for act in plan.acts:
+        if told := by_hand(act):
+            arena.say(f"change: {told}")
     Preflight(arena.cluster, arena.prometheus, arena.settings).demand_for(plan)
     for entry in plan.undos:
         arena.say(f"undo: {entry.command()}")
+    session.tape.close()
 
 
 def summarise(

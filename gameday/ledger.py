@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from faults.base import OURS, ROLE, RUN, Undo
 from faults.undo import still_paused, undo
 from gameday import clock
-from gameday.cluster import Cluster
+from gameday.cluster import Cluster, Obj
 from gameday.errors import ClusterError, HealError
 from gameday.kinds import BY_KIND, CONFIGMAPS
 from gameday.lock import remove_dead, wait_until_dead
@@ -39,15 +39,23 @@ class Ledger:
 
     def write(self, undos: Sequence[Undo]) -> None:
         """Write all entries, here and there; only after this returns may anything be harmed."""
-        self._keys = {entry: f"{number:03d}" for number, entry in enumerate(undos)}
+        self.plan(undos)
         with self._path.open("a") as file:
             for entry, key in self._keys.items():
                 file.write(json.dumps({"key": key, **asdict(entry)}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._cluster.create(CONFIGMAPS, self.manifest())
+
+    def plan(self, undos: Sequence[Undo]) -> None:
+        """What will be written; nothing is yet."""
+        self._keys = {entry: f"{number:03d}" for number, entry in enumerate(undos)}
+
+    def manifest(self) -> Obj:
+        """The ConfigMap."""
         data = {key: json.dumps(asdict(entry)) for entry, key in self._keys.items()}
         metadata = {"name": self._name, "namespace": self._cluster.namespace, "labels": self._labels}
-        self._cluster.create(CONFIGMAPS, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
+        return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
 
     def done(self, entry: Undo) -> None:
         """The undo is verified: strike it out, in the cluster first (the local line only informs)."""

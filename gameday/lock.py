@@ -111,6 +111,29 @@ class Lock:
         self._thread: threading.Thread | None = None
         self.lost = threading.Event()
 
+    def manifests(self) -> tuple[Obj, ...]:
+        """The Leases as they would be taken now."""
+        return tuple(self._lease(name, namespace) for name, namespace in self._leases)
+
+    def _lease(self, name: str, namespace: str) -> Obj:
+        now = _show(datetime.now(UTC))
+        return {
+            "apiVersion": LEASES.api_version,
+            "kind": LEASES.kind,
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "labels": self._labels,
+                "annotations": {UNDER_TEST: self._cluster.namespace},
+            },
+            "spec": {
+                "holderIdentity": self.holder,
+                "leaseDurationSeconds": int(LASTS),
+                "acquireTime": now,
+                "renewTime": now,
+            },
+        }
+
     def acquire(self, on_lost: Callable[[str], None]) -> None:
         """Take all leases or none; `on_lost` is told why when one is lost later.
 
@@ -126,32 +149,14 @@ class Lock:
         self._thread.start()
 
     def _take(self, name: str, namespace: str) -> None:
-        now = datetime.now(UTC)
-        spec = {
-            "holderIdentity": self.holder,
-            "leaseDurationSeconds": int(LASTS),
-            "acquireTime": _show(now),
-            "renewTime": _show(now),
-        }
-        annotations = {UNDER_TEST: self._cluster.namespace}
-        lease = {
-            "apiVersion": LEASES.api_version,
-            "kind": LEASES.kind,
-            "metadata": {
-                "name": name,
-                "namespace": namespace,
-                "labels": self._labels,
-                "annotations": annotations,
-            },
-            "spec": spec,
-        }
+        lease = self._lease(name, namespace)
         old = self._cluster.find(LEASES, name, namespace)
         try:
             if old is None:
                 self._cluster.create(LEASES, lease)
                 return
             self._check_free(old, name, namespace)
-            lease["metadata"] = {**old["metadata"], "labels": self._labels, "annotations": annotations}
+            lease["metadata"] = {**old["metadata"], **lease["metadata"]}
             self._cluster.replace(LEASES, lease)
         except Refused as refused:
             if refused.code == 409:  # another one was quicker

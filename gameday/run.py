@@ -21,6 +21,7 @@ from faults.act import NotInjected, manifests, perform
 from faults.base import EXPIRES, MANAGED, RUN, Apply, Job, Plan, Undo, View
 from gameday import clock, finish, halt, leave, radius, record
 from gameday.clock import Epoch, Instant
+from gameday.cluster import Obj
 from gameday.effects import Effects
 from gameday.errors import ClusterError, GamedayError, RecordError, TargetError
 from gameday.flow import DRAIN, RECENT, Flow
@@ -137,13 +138,12 @@ class Session:
             self._save(what, manifest)
         self._watcher = Watcher(self._cluster, labels_of(view.selector), self._settings.service, self.tape.emit)
         self._watcher.start()
-        lasts = expected + 2 * self._settings.heal_within + 60
-        self._reach = Reach(self._cluster, view, self._settings.prober_image, lasts)
+        self._reach = Reach(self._cluster, view, self._settings.prober_image, self._lasts)
         self._reach.start(plan, lambda pod: self._save(pod["metadata"]["name"], pod))
         self._effects = Effects(plan, self._reach, self._watcher, self.tape)
         # The load's plan must outlast everything that may take its time: the heal, and the rebalancing.
         seed = self._arena.seed + self._trial - 1
-        self._flow.start(self.spec.traffic, seed, lasts + REBALANCE_WITHIN, self._settings, self.dir)
+        self._flow.start(self.spec.traffic, seed, self._lasts + REBALANCE_WITHIN, self._settings, self.dir)
         self._sampler = Sampler(
             self._arena.prometheus,
             self.spec.objectives.queries(),
@@ -159,13 +159,40 @@ class Session:
         self.tape.say(self._guard.armed)
         self._guard.start()
 
-    def _write_ledger(self, plan: Plan, view: View) -> None:
-        """Every undo, before anything of ours exists."""
-        self._ledger = Ledger(self._cluster, self.dir / "ledger.jsonl", view.name("ledger"), dict(view.labels))
-        self._probers = tuple(
+    def rehearse(self) -> tuple[Plan, list[Obj]]:
+        """Everything that would be created, in the order of its creation; nothing is. Raises what `prepare` would."""
+        self.check_spec()
+        halt.refuse_file(self._settings.stop_file)
+        leave.ask(self._settings, self.spec.expected(self._settings), self._arena.prometheus)
+        view = self.view()
+        plan = self.spec.fault.plan(view)
+        for one in radius.check(plan, view, self._settings, self._cluster):
+            self.tape.note("warning", one)
+        lock = Lock(self._cluster, self._holder, dict(view.labels), cluster_wide=plan.cluster_wide)
+        ledger = self._make_ledger(view)
+        ledger.plan((*plan.undos, *self._undos_of_probers(view)))
+        reach = Reach(self._cluster, view, self._settings.prober_image, self._lasts)
+        acts = [manifest for _, manifest in manifests(plan.acts)]
+        return plan, [*lock.manifests(), ledger.manifest(), *reach.manifests(plan), *acts]
+
+    @property
+    def _lasts(self) -> float:
+        """Seconds that probers are there at most, should nobody come back for them."""
+        return self.spec.expected(self._settings) + 2 * self._settings.heal_within + 60
+
+    def _make_ledger(self, view: View) -> Ledger:
+        return Ledger(self._cluster, self.dir / "ledger.jsonl", view.name("ledger"), dict(view.labels))
+
+    def _undos_of_probers(self, view: View) -> tuple[Undo, ...]:
+        return tuple(
             Undo("delete", "prober", name, kind=PODS.kind, namespace=view.namespace, stage="clean")
             for name, _ in view.probers
         )
+
+    def _write_ledger(self, plan: Plan, view: View) -> None:
+        """Every undo, before anything of ours exists."""
+        self._ledger = self._make_ledger(view)
+        self._probers = self._undos_of_probers(view)
         self._ledger.write((*plan.undos, *self._probers))
         self._healer = Healer(self._cluster, self._ledger, plan.undos, self.tape, self._settings.heal_within)
         self.tape.mark(Step.LEDGER, True, detail=f"{len(plan.undos) + len(self._probers)} undos written")
@@ -378,6 +405,7 @@ class Session:
         if self._harm is not None and not self._healer.begun:
             if self._effects is not None:
                 self._effects.demand_detection()
+                self._effects.tell_uncovered()
             if not self._plan.facts.one_shot:
                 self.tape.mark(Step.UNDO, True)
             self.tape.phase(Phase.DURING, "end")

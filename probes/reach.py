@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from faults.base import ROLE, Cut, Dead, Plan, View
 from gameday import clock
-from gameday.cluster import Cluster, Obj, Pod, Quiet
+from gameday.cluster import Cluster, Node, Obj, Pod, Quiet
 from gameday.errors import ClusterError, MissingCapability
 from gameday.kinds import PODS
 
@@ -144,12 +144,9 @@ class Reach:
         Raises `MissingCapability("probers")` when they do not run here.
         """
         known: list[Target] = []
-        for name, zone in sorted(self._view.probers, key=lambda one: (one[1] != plan.cuts, one)):
+        for name, zone in self._order(plan):
             targets = (*self._targets(plan.facts.pods), *known)
-            addresses = tuple((target.ip, target.port) for target in targets)
-            pod = prober(
-                self._view.namespace, name, self._view.labels, self._image, self._lasts, zone, addresses, plan.avoid
-            )
+            pod = self._prober(name, zone, targets, plan)
             on_created(pod)
             self._cluster.create(PODS, pod)
             self._tracks[zone] = _Track(zone, targets)
@@ -163,6 +160,21 @@ class Reach:
             )
         except clock.Waited as late:
             raise MissingCapability("probers", f"{late}: their logs cannot be followed.") from late
+
+    def manifests(self, plan: Plan) -> tuple[Obj, ...]:
+        """The probers as `start` would create them, but for each other's addresses, which are not known yet."""
+        targets = self._targets(plan.facts.pods)
+        return tuple(self._prober(name, zone, targets, plan) for name, zone in self._order(plan))
+
+    def _order(self, plan: Plan) -> list[tuple[str, str]]:
+        return sorted(self._view.probers, key=lambda one: (one[1] != plan.cuts, one))
+
+    def _prober(self, name: str, zone: str, targets: tuple[Target, ...], plan: Plan) -> Obj:
+        addresses = tuple((target.ip, target.port) for target in targets)
+        view = self._view
+        made = prober(view.namespace, name, view.labels, self._image, self._lasts, zone, addresses, plan.avoid)
+        made["spec"]["tolerations"] += _tolerated(view.nodes, zone)
+        return made
 
     def stop(self) -> None:
         self._stop.set()
@@ -332,6 +344,13 @@ def prober(
             ],
         },
     }
+
+
+def _tolerated(nodes: tuple[Node, ...], zone: str) -> list[Obj]:
+    """What a prober must tolerate to find a node in the zone, where all of them are tainted for somebody's own use."""
+    usable = [node for node in nodes if node.ready and not node.unschedulable and (not zone or node.zone == zone)]
+    fewest = min((node.taints for node in usable), key=len, default=())
+    return [{"key": key, "operator": "Exists", "effect": effect} for key, effect in fewest]
 
 
 def _elsewhere(avoid: tuple[str, ...]) -> Obj:

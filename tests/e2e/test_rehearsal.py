@@ -318,9 +318,12 @@ def test_a_second_game_day_is_refused(reference: Stage) -> None:
 
 
 def test_dry_run_prints_and_validates_and_applies_nothing(reference: Stage) -> None:
-    done = reference.rehearse("experiments", "-k", "zone_partition", "--dry-run", "-rs")
+    done = reference.rehearse("experiments", "-k", "zone_outage", "--dry-run", "-rs")
     assert done.code == 0 and "1 skipped" in done.out, done.out
-    assert "kind: NetworkChaos" in done.out and "undo: kubectl -n llm delete networkchaos" in done.out
+    for kind, count in (("NetworkChaos", 1), ("PodChaos", 1), ("Lease", 2), ("ConfigMap", 1), ("Pod", 3)):
+        assert len(re.findall(rf"^kind: {kind}$", done.out, re.MULTILINE)) == count, kind
+    assert "change: kubectl cordon" in done.out and "undo: kubectl uncordon" in done.out
+    assert "undo: kubectl -n llm delete networkchaos" in done.out
     assert_clean(reference)
 
 

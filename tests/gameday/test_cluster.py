@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gameday import clock
-from gameday.cluster import Cluster, Refused, Unreachable, Watched
+from gameday.cluster import Cluster, Refused, Unreachable, Watched, to_node
 from gameday.errors import ClusterError
 from gameday.kinds import CONFIGMAPS
 
@@ -89,3 +89,14 @@ def test_a_watch_sees_every_change_and_ends_when_told(cluster: Cluster) -> None:
 
 def test_rights_are_asked_for(cluster: Cluster) -> None:
     assert cluster.can("delete", CONFIGMAPS, "llm")
+
+
+def test_taints_that_keep_pods_away_are_those_of_people() -> None:
+    taints = [
+        {"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"},
+        {"key": "nvidia.com/gpu", "effect": "NoSchedule"},
+        {"key": "soft", "effect": "PreferNoSchedule"},
+        {"key": "dedicated", "value": "llm", "effect": "NoExecute"},
+    ]
+    node = to_node({"metadata": {"name": "n", "uid": "u"}, "spec": {"taints": taints}})
+    assert node.taints == (("dedicated", "NoExecute"),)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from faults.base import Cut, Dead
+from gameday.cluster import Node
 from probes import reach
 from probes.reach import Reach, Target, _Track
 
@@ -119,3 +120,15 @@ def test_a_silent_prober_is_told(world: World, monkeypatch: pytest.MonkeyPatch) 
     now = reach.clock.now()
     monkeypatch.setattr(reach.clock, "now", lambda: now + 10)
     assert world.reach.silent(3) == ("a", "b", "c")
+
+
+def test_a_prober_tolerates_what_all_nodes_of_its_zone_are_tainted_with() -> None:
+    def node(name: str, *taints: tuple[str, str], ready: bool = True) -> Node:
+        return Node(name, f"uid-{name}", "a", ready, False, 0, taints=taints)
+
+    ours, theirs = ("dedicated", "NoSchedule"), ("team", "NoExecute")
+    nodes = (node("n1", ours, theirs), node("n2", ours), node("n3", ready=False))
+    wanted = {"key": "dedicated", "operator": "Exists", "effect": "NoSchedule"}
+    assert reach._tolerated(nodes, "a") == [wanted]
+    assert reach._tolerated((*nodes, node("n4")), "a") == [], "one node without taints is enough"
+    assert reach._tolerated(nodes, "b") == []
