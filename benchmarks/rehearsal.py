@@ -1,6 +1,7 @@
 """Figures of a rehearsal, from its record: `python benchmarks/rehearsal.py runs/<id>` (default: the newest).
 
-Per experiment: apply → injected (control proof), apply → effect seen, undo → healed, the measured recovery, requests.
+Per experiment: apply → injected (control proof), apply → effect seen, undo → healed, the measured recovery, requests; and
+for one that was stopped (a breached condition, a signal), the reason → healed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: it has a loadgen.py
 
 from gameday import record  # noqa: E402
-from gameday.model import FaultMark, Step, Timeline  # noqa: E402
+from gameday.model import FaultMark, Note, Step, Timeline  # noqa: E402
 
 
 def first(timeline: Timeline, step: Step) -> float | None:
@@ -19,6 +20,15 @@ def first(timeline: Timeline, step: Step) -> float | None:
     marks = [e for e in timeline.events if isinstance(e, FaultMark) and e.step is step]
     harm = min((e.t for e in timeline.events if isinstance(e, FaultMark) and e.step is Step.APPLY), default=None)
     return min((e.t for e in marks if harm is None or e.t >= harm), default=None)
+
+
+def stopped(timeline: Timeline) -> str:
+    """Why it was stopped in mid-fault, and how long it took from then until it was healed; "" where it was not."""
+    undo, healed = first(timeline, Step.UNDO), first(timeline, Step.HEALED)
+    ends = undo if undo is not None else healed  # a one-shot fault has nothing to undo
+    notes = [e for e in timeline.events if isinstance(e, Note) and e.level in ("fail", "inconclusive", "error")]
+    why = next((note for note in notes if ends is not None and note.t <= ends), None)
+    return f"\n{'':<16}{took(why.t, healed)} from: {why.text}" if why is not None else ""
 
 
 def took(start: float | None, end: float | None) -> str:
@@ -41,6 +51,7 @@ def main(root: Path) -> None:
         counts = f"{verdict.counts.ok} / {verdict.counts.failed}"
         print(
             f"{directory.name:<16}{verdict.verdict:<14}{''.join(f'{cell:>10}' for cell in cells)}   {seen:<18}{counts}"
+            f"{stopped(timeline)}"
         )
 
 
