@@ -258,13 +258,13 @@ def _spawn(number: int, target: str, out: Path) -> _Proc:
             start_new_session=True,  # Ctrl-C is the harness's to handle: the load goes on until it is told
             env={**env, "PYTHONPATH": search, "GAMEDAY_LOAD_FD": str(theirs.fileno())},
         )
-    _first_on_cpu(process.pid)
+    first_on_cpu(process.pid)
     replies = records.Follower(records.replies_path(out, number))
     load = records.Follower(records.load_path(out, number))
     return _Proc(number, process, mine, log, replies, load)
 
 
-def _first_on_cpu(pid: int) -> None:
+def first_on_cpu(pid: int) -> None:
     """Let a measuring client go first, where we may. Sessions are scheduled as groups: the group's priority counts."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, NICE)

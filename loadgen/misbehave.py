@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 GAP = 0.02
 """Seconds between its tokens."""
-DRIP = 0.4
+DRIP = 0.2
 """Seconds between tokens of the drip: below the stall limit, so that only the total deadline ends it."""
 
 

@@ -112,7 +112,7 @@ def test_unknown_model_is_one_sentence_and_an_exit_code(url: str, more: list[str
 def test_master_and_worker_with_metrics(url: str, tmp_path: Path) -> None:
     port, metrics = _port(), _port()
     master = _command("--master", "--master-bind-port", str(port), "--headless", "--expect-workers", "1")
-    master += ["-u", "10", "-r", "10", "-t", "4s", "--host", url, "--csv", str(tmp_path / "stats"), *LOAD]
+    master += ["-u", "10", "-r", "10", "-t", "90s", "--host", url, "--csv", str(tmp_path / "stats"), *LOAD]
     worker = _command("--worker", "--master-port", str(port), "--metrics-port", str(metrics))
     with (
         (tmp_path / "log").open("wb") as log,
@@ -128,12 +128,14 @@ def test_master_and_worker_with_metrics(url: str, tmp_path: Path) -> None:
                 except OSError:
                     return False
 
-            clock.wait_until(scraped, within=15, what="replies in /metrics")
+            clock.wait_until(scraped, within=30, what="replies in /metrics")
+            table = tmp_path / "stats_stats.csv"
+            clock.wait_until(lambda: "reply,chat," in table.read_text(), within=30, what="replies in the CSV")
+            lead.terminate()
             assert lead.wait(20) == 0, (tmp_path / "log").read_text()
         finally:
             lead.kill()
             hand.kill()
-    assert "reply,chat," in (tmp_path / "stats_stats.csv").read_text()
 
 
 def test_a_generator_that_stood_still_says_so(url: str, tmp_path: Path) -> None:
