@@ -9,14 +9,46 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from faults.base import Fault, Zone
-from faults.pod import PodKill
+from faults.freeze import PodHang, ZombieEngine
+from faults.node import NodeCrash, NodeDrain
+from faults.pod import PodKill, PodStop
+from faults.rollout import RollingUpdate
 from faults.xid import Xid
 from faults.zone import ZoneOutage, ZonePartition
 from gameday.errors import ExperimentError
 
-__all__ = ["Fault", "PodKill", "Xid", "Zone", "ZoneOutage", "ZonePartition", "from_json", "to_json"]
+__all__ = [
+    "Fault",
+    "NodeCrash",
+    "NodeDrain",
+    "PodHang",
+    "PodKill",
+    "PodStop",
+    "RollingUpdate",
+    "Xid",
+    "ZombieEngine",
+    "Zone",
+    "ZoneOutage",
+    "ZonePartition",
+    "from_json",
+    "to_json",
+]
 
-KINDS: dict[str, type[Any]] = {cls.__name__: cls for cls in (PodKill, Xid, ZoneOutage, ZonePartition)}
+KINDS: dict[str, type[Any]] = {
+    cls.__name__: cls
+    for cls in (
+        NodeCrash,
+        NodeDrain,
+        PodHang,
+        PodKill,
+        PodStop,
+        RollingUpdate,
+        Xid,
+        ZombieEngine,
+        ZoneOutage,
+        ZonePartition,
+    )
+}
 
 
 def to_json(fault: Fault) -> dict[str, Any]:

@@ -6,16 +6,20 @@ whether anything broke is for `probes.reach` to see.
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from faults.base import CORDONED, Act, Allocatable, Apply, Cordon, Job
+from faults.base import CORDONED, Act, Allocatable, Apply, Cordon, Evict, Job, Roll
 from gameday import clock
 from gameday.cluster import Cluster, Obj, Refused, Unreachable
-from gameday.errors import GamedayError
-from gameday.kinds import JOBS, NODES, Kind
+from gameday.errors import ClusterError, GamedayError
+from gameday.kinds import DEPLOYMENTS, JOBS, NODES, PODS, Kind
+from gameday.model import EvictionMark
 
+Emit = Callable[[EvictionMark], None]
 SELECTS_WITHIN = 2.0  # seconds for a controller to choose its targets; "nothing selected" is final after that
 POLL = 0.05  # seconds between looks at a chaos resource's records
 
@@ -63,15 +67,32 @@ def selected_nothing(obj: Obj) -> bool:
     return not records(obj) and condition(obj, "Selected") == "False"
 
 
-def perform(cluster: Cluster, act: Act, stop: threading.Event) -> str:
-    """Do it and wait for the control proof; returns what was proven, in words. Raises `NotInjected`."""
+def perform(cluster: Cluster, act: Act, stop: threading.Event, emit: Emit = lambda _: None) -> str:
+    """Do it and wait for the control proof; returns what was proven, in words. Raises `NotInjected`.
+
+    `emit` hears of what happens meanwhile: each eviction that was accepted or refused.
+    """
     if isinstance(act, Apply):
         return _apply(cluster, act, stop)
     if isinstance(act, Job):
         return _job(cluster, act, stop)
     if isinstance(act, Cordon):
         return _cordon(cluster, act)
+    if isinstance(act, Evict):
+        return _evict(cluster, act, stop, emit)
+    if isinstance(act, Roll):
+        return _roll(cluster, act, stop)
     return _allocatable(cluster, act)
+
+
+def _look_for(cluster: Cluster, kind: Kind, name: str, namespace: str) -> Obj | Literal["gone"] | None:
+    """As `_look`, but an object that does not exist is "gone"."""
+    try:
+        return _look(cluster, kind, name, namespace)
+    except Refused as refused:
+        if refused.code == 404:
+            return "gone"
+        raise
 
 
 def _look(cluster: Cluster, kind: Kind, name: str, namespace: str) -> Obj | None:
@@ -130,14 +151,116 @@ def _job(cluster: Cluster, act: Job, stop: threading.Event) -> str:
     def done() -> bool:
         status = (_look(cluster, JOBS, name, namespace) or {}).get("status", {})
         if status.get("failed"):
-            raise NotInjected(f"Job {name} failed: see kubectl -n {namespace} describe job {name}")
-        return bool(status.get("succeeded"))
+            raise NotInjected(f"Job {name} failed: {_last_words(cluster, name, namespace)}")
+        return bool(status.get(act.until))
 
     try:
-        clock.wait_until(done, within=act.within, every=0.1, what=f"Job {name} completed", stop=stop)
+        clock.wait_until(done, within=act.within, every=0.1, what=f"Job {name} {act.until}", stop=stop)
+    except clock.Waited as late:
+        raise NotInjected(f"{late}: {_last_words(cluster, name, namespace)}") from late
+    return f"Job {name} {'completed' if act.until == 'succeeded' else f'is {act.until}'}"
+
+
+def _last_words(cluster: Cluster, job: str, namespace: str) -> str:
+    """Why a Job's pod does not do what it should, as far as its status and its log tell."""
+    advice = f"see kubectl -n {namespace} describe job {job}"
+    try:
+        for pod in cluster.list(PODS, namespace, labels=f"job-name={job}"):
+            status = pod.get("status", {})
+            for one in status.get("containerStatuses") or []:
+                for state in (one.get("state") or {}).values():
+                    if why := state.get("message") or state.get("reason"):
+                        advice = f"{why}; {advice}"
+            if text := cluster.log(pod["metadata"]["name"], namespace):
+                return f"{text.splitlines()[-1]}; {advice}"
+            if why := status.get("message"):
+                return f"{why}; {advice}"
+    except ClusterError:
+        pass
+    return advice
+
+
+class _Drain:
+    """Evictions under way: which pods are left, and how often each was refused."""
+
+    def __init__(self, cluster: Cluster, act: Evict, emit: Emit) -> None:
+        self._cluster, self._act, self._emit = cluster, act, emit
+        self._next = dict.fromkeys(act.pods, 0.0)  # when it is asked for again
+        self.accepted: set[str] = set()
+        self.refused: dict[str, int] = {}
+        self.last = ""
+
+    def done(self) -> bool:
+        """Look after every pod that is left; whether none is."""
+        for key, uid in list(self._next):
+            namespace, name = key.split("/")
+            found = _look_for(self._cluster, PODS, name, namespace)
+            if found == "gone" or (isinstance(found, dict) and found["metadata"]["uid"] != uid):
+                del self._next[key, uid]
+            elif isinstance(found, dict) and "deletionTimestamp" not in found["metadata"]:
+                self._ask(key, uid)
+        return not self._next
+
+    def _ask(self, key: str, uid: str) -> None:
+        if clock.now() < self._next[key, uid]:
+            return
+        namespace, name = key.split("/")
+        self._next[key, uid] = clock.now() + self._act.every
+        try:
+            self._cluster.evict(name, namespace)
+        except Refused as refused:
+            if refused.code == 404 or refused.code >= 500:
+                return  # gone, or asked again
+            if refused.code != 429:
+                raise NotInjected(f"the eviction of {key} was refused for good: {refused}") from refused
+            self.refused[key] = self.refused.get(key, 0) + 1
+            self.last = str(refused)
+            self._emit(EvictionMark(clock.now(), key, "refused", str(refused)))
+            return
+        except Unreachable:
+            return  # asked again
+        self.accepted.add(key)
+        self._emit(EvictionMark(clock.now(), key, "accepted"))
+
+    @property
+    def told(self) -> str:
+        times = sum(self.refused.values())
+        told = (
+            f"{len(self.accepted)} of {len(self._act.pods)} evictions accepted, {times} refused by disruption budgets"
+        )
+        left = sorted(key for key, _ in self._next)
+        return told + (f"; {', '.join(left)} still there: {self.last}".rstrip(": ") if left else "")
+
+
+def _evict(cluster: Cluster, act: Evict, stop: threading.Event, emit: Emit) -> str:
+    """As `kubectl drain`: ask, ask again while a budget refuses, wait until they are gone or the time is over."""
+    drain = _Drain(cluster, act, emit)
+    try:
+        clock.wait_until(drain.done, within=act.within, every=0.2, what="the pods are evicted", stop=stop)
+    except clock.Waited:
+        if not drain.accepted and not drain.refused:
+            raise NotInjected("no eviction was answered") from None
+    return drain.told
+
+
+def _roll(cluster: Cluster, act: Roll, stop: threading.Event) -> str:
+    """Change the template of exactly the Deployment that was planned for; the controller must take notice."""
+    if cluster.get(DEPLOYMENTS, act.name, act.namespace)["metadata"]["uid"] != act.uid:
+        raise NotInjected(f"Deployment {act.name} was replaced after the plan was made")
+    changed = cluster.patch(
+        DEPLOYMENTS, act.name, {"spec": {"template": act.template}}, act.namespace, type="strategic"
+    )
+    generation = changed["metadata"]["generation"]
+
+    def observed() -> bool:
+        status = (_look(cluster, DEPLOYMENTS, act.name, act.namespace) or {}).get("status", {})
+        return bool(status.get("observedGeneration", 0) >= generation)
+
+    try:
+        clock.wait_until(observed, within=act.within, every=POLL, what=f"Deployment {act.name} observed", stop=stop)
     except clock.Waited as late:
         raise NotInjected(str(late)) from late
-    return f"Job {name} completed"
+    return f"generation {generation} of Deployment {act.name} observed"
 
 
 def _allocatable(cluster: Cluster, act: Allocatable) -> str:
@@ -156,11 +279,17 @@ def manifests(acts: tuple[Act, ...]) -> Iterator[tuple[str, Obj]]:
 
 
 def by_hand(act: Act) -> str:
-    """The command that would do what an act changes on nodes; "" for acts that create an object."""
+    """The command that would do what an act changes; "" for acts that create an object."""
     if isinstance(act, Cordon):
         nodes = " ".join(act.nodes)
         return f"kubectl cordon {nodes} && kubectl annotate node {nodes} {CORDONED}={act.token}"
     if isinstance(act, Allocatable):
         value = f'{{"status":{{"allocatable":{{"{act.resource}":"{act.value}"}}}}}}'
         return f"kubectl patch node {act.node} --subresource=status --type=merge -p '{value}'"
+    if isinstance(act, Roll):
+        value = json.dumps({"spec": {"template": act.template}})
+        return f"kubectl -n {act.namespace} patch deployment {act.name} --type=strategic -p '{value}'"
+    if isinstance(act, Evict):
+        pods = " ".join(sorted(key.partition("/")[2] for key, _ in act.pods))
+        return f"kubectl drain … (here: the eviction of {pods}, again while a disruption budget refuses)"
     return ""

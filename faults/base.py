@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from gameday.cluster import CORDONED as CORDONED, Node, Obj, Pod
+from gameday.cluster import CORDONED as CORDONED, Node, Obj, Pod, Workload
 from gameday.errors import TargetError
-from gameday.kinds import Kind
+from gameday.kinds import JOBS, Kind
 from gameday.model import FaultFacts
 
 MANAGED = "app.kubernetes.io/managed-by"
 RUN = "gameday.dev/run"
 EXPIRES = "gameday.dev/expires"
 ROLE = "gameday.dev/role"
+ROLLED = "gameday.dev/rolled-out-by"  # annotation on a pod template that we changed
 
 OURS = f"{MANAGED}=gameday"
 
@@ -53,6 +54,8 @@ class View:
     expendable: bool
     allow_node_replacement: bool
     sandbox: bool
+    workloads: tuple[Workload, ...] = ()  # the namespace's Deployments
+    model: str = ""  # its name, for a generation that proves something
 
     def draw(self) -> random.Random:
         """The one source of chance; the same seed draws the same targets."""
@@ -99,7 +102,38 @@ class Detected:
     lasting: bool = False
 
 
-Proof = Cut | Dead | Detected
+@dataclass(frozen=True, slots=True)
+class Mute:
+    """The pods take requests and do not answer them in time, while others do.
+
+    `ask` "health": not even `health` is answered (GET). "generate": `health` is, a generation of one token is not.
+    """
+
+    pods: tuple[str, ...]  # "ns/pod"
+    ask: Literal["health", "generate"]
+    health: str = "/health"
+    generate: str = "/v1/completions"
+    lasting: bool = False  # False: whoever restarts the process ends it, which is what is hoped for
+
+
+@dataclass(frozen=True, slots=True)
+class Cordoned:
+    """The watch sees the nodes unschedulable."""
+
+    nodes: tuple[str, ...]
+    lasting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Newborn:
+    """The watch sees a new pod of the Deployment `owner`, made after the harm began."""
+
+    owner: str
+    lasting: bool = False
+
+
+Seeable = Cut | Dead | Mute  # by the probers
+Proof = Cut | Dead | Detected | Mute | Cordoned | Newborn
 
 
 # ── undos: data, one JSON line each, written before the harm ────────────────────────────────────
@@ -112,10 +146,12 @@ class Undo:
     `verb` "delete": the object `kind`/`name` is deleted (and waited for until it is gone).
     "uncordon": spec.unschedulable is lifted from node `name`, if it still has `uid` and our mark `value`.
     "allocatable": node `name` (if it still has `uid`) gets `value` of `resource` back.
+    "template": Deployment `name` (if it still has `uid`) loses what we put into its pod template. `value` is JSON:
+    our `token` there and, where we changed an image, the `container`, our `image` and what it `was`.
     `stage` "heal" is undone when the fault ends; "clean" when the experiment does (our probers).
     """
 
-    verb: Literal["delete", "uncordon", "allocatable"]
+    verb: Literal["delete", "uncordon", "allocatable", "template"]
     what: str
     name: str
     kind: str = ""
@@ -135,6 +171,8 @@ class Undo:
                 f"kubectl patch node {self.name} --subresource=status --type=merge "
                 f'-p \'{{"status":{{"allocatable":{{"{self.resource}":"{self.value}"}}}}}}\''
             )
+        if self.verb == "template":
+            return f"kubectl -n {self.namespace} rollout undo deployment {self.name}"
         return f"kubectl -n {self.namespace} delete {self.kind.lower()} {self.name}"
 
 
@@ -174,15 +212,52 @@ class Allocatable:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Run a Job to its end; `proof` is looked for after it."""
+    """Run a Job until it has succeeded, is ready, or has a pod at work; `proof` is looked for after that.
+
+    `harms`: it is itself the fault, so that the clock of the recovery starts with it.
+    """
 
     what: str
     manifest: Obj
     proof: Proof | None = None
     within: float = 30.0
+    until: Literal["succeeded", "ready", "active"] = "succeeded"
+    harms: bool = False
 
 
-Act = Apply | Cordon | Allocatable | Job
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Ask for the eviction of each pod, as long as a disruption budget refuses it; then wait until all are gone.
+
+    Being refused until the end is an answer, not an error: the objectives judge it.
+    """
+
+    pods: tuple[tuple[str, str], ...]  # ("ns/pod", uid)
+    within: float
+    proof: Proof | None = None
+    what: str = "evict"
+    every: float = 1.0  # seconds between two requests for the same pod
+
+
+@dataclass(frozen=True, slots=True)
+class Roll:
+    """Merge `template` (strategic) into the pod template of a Deployment."""
+
+    name: str
+    namespace: str
+    uid: str
+    template: Obj
+    proof: Proof | None = None
+    within: float = 30.0
+    what: str = "rollout"
+
+
+Act = Apply | Cordon | Allocatable | Job | Evict | Roll
+
+
+def harmful(act: Act) -> bool:
+    """Whether users may feel it: the recovery's clock starts with the first such act."""
+    return isinstance(act, Apply | Evict | Roll) or (isinstance(act, Job) and act.harms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +268,8 @@ class Plan:
     acts: tuple[Act, ...]
     undos: tuple[Undo, ...]  # in the order in which they are undone
     rebalance: tuple[str, ...] = ()  # Deployments to restart after the heal, so that they spread again
+    in_turn: int = 0  # > 0: a strategy or budgets see to it that only so many of the pods are away at the same time
+    settles: tuple[str, ...] = ()  # Deployments whose rollout must end after the heal
     avoid: tuple[str, ...] = ()  # nodes that may vanish: probers go elsewhere if they can
     cuts: str = ""  # the zone whose border the probers watch; "" for none
     needs: tuple[str, ...] = ()  # chaos resources (plurals) that must be served
@@ -245,6 +322,57 @@ def delete(kind: Kind, metadata: Mapping[str, Any], what: str, running: tuple[st
         namespace=metadata["namespace"],
         running=running,
     )
+
+
+def pinned_job(
+    view: View,
+    what: str,
+    node: str,
+    script: str,
+    *,
+    env: Mapping[str, str],
+    seconds: int,
+    paths: Mapping[str, str] | None = None,
+    host_pids: bool = False,
+    ready: Sequence[str] = (),
+) -> tuple[Obj, Undo]:
+    """A privileged Job of one shell script, once, on one node, with a deadline of its own; and its undo.
+
+    `paths`: of the host → in the container. `ready`: the command by which it tells that its work is in force.
+    """
+    volumes = [{"name": f"v{n}", "hostPath": {"path": path}} for n, path in enumerate(paths or {})]
+    mounts = [{"name": f"v{n}", "mountPath": path} for n, path in enumerate((paths or {}).values())]
+    container: Obj = {
+        "name": "agent",
+        "image": "busybox:1.36",
+        "command": ["sh", "-c", script],
+        "env": [{"name": key, "value": value} for key, value in env.items()],
+        "securityContext": {"privileged": True},
+    }
+    if mounts:
+        container["volumeMounts"] = mounts
+    if ready:
+        container["readinessProbe"] = {"exec": {"command": list(ready)}, "periodSeconds": 1}
+    pod: Obj = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": 10,
+        "nodeSelector": {"kubernetes.io/hostname": node},
+        "tolerations": [{"operator": "Exists"}],
+        "containers": [container],
+    }
+    if volumes:
+        pod["volumes"] = volumes
+    if host_pids:
+        pod["hostPID"] = True
+    metadata = view.metadata(what)
+    spec = {
+        "backoffLimit": 0,
+        "activeDeadlineSeconds": seconds,
+        "ttlSecondsAfterFinished": 600,
+        "template": {"metadata": {"labels": dict(view.labels)}, "spec": pod},
+    }
+    manifest = {"apiVersion": JOBS.api_version, "kind": JOBS.kind, "metadata": metadata, "spec": spec}
+    return manifest, delete(JOBS, metadata, what)
 
 
 def check_radius(view: View, hit: tuple[Pod, ...], *, what: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 from faults import stuck
-from faults.base import CORDONED, Undo
+from faults.base import CORDONED, ROLLED, Undo
 from gameday import clock
 from gameday.clock import Instant
 from gameday.cluster import Cluster, Obj, Refused, Unreachable
 from gameday.errors import ClusterError, HealError
-from gameday.kinds import BY_KIND, NODES
+from gameday.kinds import BY_KIND, DEPLOYMENTS, NODES
 
 PAUSE = "/pause"  # Chaos Mesh's pod-failure image is `…/pause`
 EVERY = 0.1  # seconds between looks
@@ -70,6 +72,8 @@ class Work:
         entry = self.entry
         if entry.verb == "delete":
             return self._delete()
+        if entry.verb == "template":
+            return _template(self._cluster, entry)
         node = self._cluster.find(NODES, entry.name)
         if node is None or node["metadata"]["uid"] != entry.uid:
             return f"node {entry.name} was replaced, nothing to undo"
@@ -106,6 +110,22 @@ class Work:
             return ""
         held = (obj or {}).get("metadata", {}).get("finalizers")
         return f" (held by finalizer {', '.join(held)})" if held else ""
+
+
+def _template(cluster: Cluster, entry: Undo) -> str | None:
+    """Take our annotation, and our image where it is still ours, out of the pod template again."""
+    found = cluster.find(DEPLOYMENTS, entry.name, entry.namespace)
+    if found is None or found["metadata"]["uid"] != entry.uid:
+        return f"Deployment {entry.name} was replaced, nothing to undo"
+    ours, template = json.loads(entry.value), found["spec"]["template"]
+    if (template["metadata"].get("annotations") or {}).get(ROLLED) != ours["token"]:
+        return f"Deployment {entry.name} has its former pod template"
+    images = {one["name"]: one.get("image") for one in template["spec"].get("containers") or []}
+    change: Obj = {"metadata": {"annotations": {ROLLED: None}}}
+    if "image" in ours and images.get(ours["container"]) == ours["image"]:
+        change["spec"] = {"containers": [{"name": ours["container"], "image": ours["was"]}]}
+    cluster.patch(DEPLOYMENTS, entry.name, {"spec": {"template": change}}, entry.namespace, type="strategic")
+    return None
 
 
 def _uncordon(cluster: Cluster, entry: Undo, node: Obj) -> str | None:

@@ -89,7 +89,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--stack", type=click.Choice(["reference", "fragile", "none"]), default="reference", show_default=True)
+@click.option("--stack", type=click.Choice(sandbox_options.STACKS), default="reference", show_default=True)
 @click.option("--clocks", type=click.Choice(sorted(sandbox_options.CLOCKS)), help="[default: compressed]")
 @click.option("--bare", is_flag=True, help="the control plane only, on clocks bare: no nodes, stack or Prometheus")
 @click.option(

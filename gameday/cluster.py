@@ -24,7 +24,7 @@ from kubernetes.client.exceptions import ApiException
 from gameday import clock
 from gameday.censor import censored
 from gameday.errors import ClusterError
-from gameday.kinds import NODES, PODS, REVIEWS, Kind
+from gameday.kinds import DEPLOYMENTS, NODES, PODS, REVIEWS, Kind
 from gameday.login import Login, kubeconfig as kubeconfig_
 
 Obj = dict[str, Any]
@@ -84,6 +84,7 @@ class Pod:
     owner: str  # "ReplicaSet/my-llama32-6d4f", "" for a bare pod
     container: str  # its first
     waiting: str  # the reason for which a container waits, "" when none does
+    grace: int = 30  # seconds that it asks for to end gracefully
 
     @property
     def key(self) -> str:
@@ -101,6 +102,18 @@ class Node:
     cordoned_by: str = ""  # our mark, "" when somebody else cordoned it
     conditions: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # type → (status, reason)
     taints: tuple[tuple[str, str], ...] = ()  # (key, effect) that keep pods away, but for Kubernetes' own and GPUs'
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A Deployment."""
+
+    name: str
+    namespace: str
+    uid: str
+    replicas: int
+    max_unavailable: int  # pods that its strategy takes away at once
+    images: Mapping[str, str]  # container → image
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +356,10 @@ class Cluster:
         zones = self.zones_of_nodes() if zones is None else zones
         return tuple(to_pod(obj, zones) for obj in self.list(PODS, namespace or self.namespace, labels=labels))
 
+    def workloads(self) -> tuple[Workload, ...]:
+        """The Deployments of the namespace."""
+        return tuple(to_workload(obj) for obj in self.list(DEPLOYMENTS, self.namespace))
+
     # ── streams ─────────────────────────────────────────────────────────────────────────────
 
     def watch(
@@ -403,6 +420,16 @@ class Cluster:
         finally:
             raw.close()
         return since
+
+    def log(self, pod: str, namespace: str, *, lines: int = 20) -> str:
+        """The end of a pod's log, "" where there is none (yet)."""
+        try:
+            raw = self._send("GET", PODS.path(namespace, pod, "log"), query={"tailLines": str(lines)})
+            return bytes(raw.read() or b"").decode(errors="replace").strip()
+        except Refused as refused:
+            if refused.code in (400, 404):
+                return ""
+            raise
 
     def logs(self, pod: str, namespace: str, stop: threading.Event, *, container: str | None = None) -> Iterator[str]:
         """Lines of a pod's log as they are written, until it ends or `stop`.
@@ -471,7 +498,21 @@ def to_pod(obj: Obj, zones: Mapping[str, str]) -> Pod:
         owner=f"{owners[0]['kind']}/{owners[0]['name']}" if owners else "",
         container=spec["containers"][0]["name"] if spec.get("containers") else "",
         waiting=waiting[0] if waiting else "",
+        grace=int(spec.get("terminationGracePeriodSeconds", 30)),
     )
+
+
+def to_workload(obj: Obj) -> Workload:
+    meta, spec = obj["metadata"], obj["spec"]
+    replicas, strategy = int(spec.get("replicas", 1)), spec.get("strategy") or {}
+    allowed = (strategy.get("rollingUpdate") or {}).get("maxUnavailable", "25%")
+    if strategy.get("type") == "Recreate":
+        allowed = replicas
+    elif isinstance(allowed, str):
+        allowed = replicas * int(allowed.rstrip("%")) // 100
+    containers = spec["template"]["spec"].get("containers") or []
+    images = {container["name"]: container.get("image", "") for container in containers}
+    return Workload(meta["name"], meta["namespace"], meta["uid"], replicas, min(replicas, int(allowed)), images)
 
 
 def _remember(known: dict[str, Obj], event: Watched) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults.base import Apply, Cut, Dead, Detected, Job, Plan
+from faults.base import Act, Cordoned, Cut, Dead, Detected, Job, Mute, Newborn, Plan
 from gameday import clock
 from gameday.cluster import Cluster
 from gameday.ledger import strays
@@ -24,18 +24,25 @@ class Effects:
         self._lost: dict[str, int] = {}  # act → looks in a row without its effect
         self.signalled = 0.0  # when the signal Job ran: detections count from then on
 
-    def look(self, act: Apply) -> Seen:
-        assert isinstance(act.proof, Cut | Dead)
-        return self._reach.look(act.proof, self._gone)
+    def look(self, act: Act, harm: clock.Instant = 0.0) -> Seen:
+        """What can be seen of an act's effect now; `harm`: when the fault began."""
+        proof = getattr(act, "proof", None)
+        if isinstance(proof, Cordoned):
+            return self._watcher.cordoned(proof.nodes, harm)
+        if isinstance(proof, Newborn):
+            return self._watcher.newborn(proof.owner, harm)
+        assert isinstance(proof, Cut | Dead | Mute), "the others are looked for elsewhere"
+        return self._reach.look(proof, self._gone)
 
-    def prove(self, act: Apply, since: clock.Instant) -> bool:
+    def prove(self, act: Act, since: clock.Instant) -> bool:
         """Wait for the independent proof that the act, done at `since`, bites; stop where none comes."""
-        if act.what == "pod-kill" and isinstance(act.proof, Dead):
-            self._gone |= frozenset(act.proof.pods)
-        until, seen = clock.now() + act.within, self.look(act)
+        proof, within = getattr(act, "proof", None), getattr(act, "within", 10.0)
+        if act.what == "pod-kill" and isinstance(proof, Dead):
+            self._gone |= frozenset(proof.pods)
+        until, seen = clock.now() + within, self.look(act, since)
         while not seen.settled and clock.now() < until and not self._tape.stopped:
             clock.pause(EVERY / 2, self._tape.stopping)
-            seen = self.look(act)
+            seen = self.look(act, since)
         if not seen.settled:
             self._tape.mark(Step.EFFECT, False, act.what, seen.detail)
             self._tape.stop("inconclusive", f"{act.what} was injected, but its effect was not seen: {seen.detail}")
@@ -52,7 +59,7 @@ class Effects:
             self._tape.stop("inconclusive", why)
         for act in self._plan.acts:
             proof = getattr(act, "proof", None)
-            if isinstance(act, Apply) and isinstance(proof, Cut | Dead) and proof.lasting:
+            if isinstance(proof, Cut | Dead) and proof.lasting:
                 seen = self.look(act)
                 self._lost[act.what] = 0 if seen.holds else self._lost.get(act.what, 0) + 1
                 if self._lost[act.what] > LOST:
@@ -91,15 +98,18 @@ class Effects:
 
     def see_gone(self, cluster: Cluster, run: str) -> None:
         """The effect must be seen to be gone, not only called so."""
-        cuts = [act for act in self._plan.acts if isinstance(act, Apply) and isinstance(act.proof, Cut)]
-        for act in cuts:
-            assert isinstance(act.proof, Cut)
-            until, seen = clock.now() + GONE_WITHIN, self._reach.look_gone(act.proof, self._watcher.ready_keys())
+        proofs = [(act.what, getattr(act, "proof", None)) for act in self._plan.acts]
+        seeable = [(what, proof) for what, proof in proofs if isinstance(proof, Cut | Mute)]
+        for what, proof in seeable:
+            if isinstance(proof, Mute) and not self._watcher.exist(proof.pods):
+                self._tape.mark(Step.GONE, True, what, "the pods that were mute are gone")
+                continue
+            until, seen = clock.now() + GONE_WITHIN, self._reach.look_gone(proof, self._watcher.ready_keys())
             while not seen.settled and clock.now() < until:
                 clock.pause(EVERY / 2)
-                seen = self._reach.look_gone(act.proof, self._watcher.ready_keys())
-            self._tape.mark(Step.GONE, seen.settled, act.what, seen.detail)
-        if not cuts:
+                seen = self._reach.look_gone(proof, self._watcher.ready_keys())
+            self._tape.mark(Step.GONE, seen.settled, what, seen.detail)
+        if not seeable:
             kinds = [one for one in strays(cluster, run) if one.kind not in ("Pod", "Job")]
             told = ", ".join(one.name for one in kinds) or "no chaos resource is left"
             self._tape.mark(Step.GONE, not kinds, self._plan.facts.name, told)

@@ -221,6 +221,17 @@ class KubeEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class EvictionMark:
+    """The Eviction API's answer to one request of ours; "refused": a disruption budget does not allow it now."""
+
+    kind: ClassVar[str] = "eviction"
+    t: float
+    pod: str
+    answer: Literal["accepted", "refused"]
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class RecordMark:
     """A chaos resource's record changed."""
 
@@ -274,7 +285,19 @@ class Note:
     text: str
 
 
-Event = PhaseMark | FaultMark | PodMark | EndpointMark | NodeMark | KubeEvent | RecordMark | Heartbeat | LoadEnd | Note
+Event = (
+    PhaseMark
+    | FaultMark
+    | PodMark
+    | EndpointMark
+    | NodeMark
+    | KubeEvent
+    | EvictionMark
+    | RecordMark
+    | Heartbeat
+    | LoadEnd
+    | Note
+)
 EVENTS: Mapping[str, type] = {
     cls.kind: cls
     for cls in (
@@ -284,6 +307,7 @@ EVENTS: Mapping[str, type] = {
         EndpointMark,
         NodeMark,
         KubeEvent,
+        EvictionMark,
         RecordMark,
         Heartbeat,
         LoadEnd,

@@ -43,6 +43,13 @@ class Radius:
     def of(cls, plan: Plan) -> Radius:
         return cls(frozenset(plan.facts.pods), frozenset(plan.facts.nodes))
 
+    @classmethod
+    def at_once(cls, plan: Plan) -> Radius:
+        """What is away at the same time."""
+        if not plan.in_turn:
+            return cls.of(plan)
+        return cls(frozenset(sorted(plan.facts.pods)[: plan.in_turn]), frozenset())
+
     def holds(self, pod: Pod) -> bool:
         return pod.key in self.pods or pod.node in self.nodes
 
@@ -55,7 +62,7 @@ def check(plan: Plan, view: View, settings: Settings, cluster: Cluster) -> tuple
     unseen = []
     if not view.expendable:
         _shares(radius, plan, view, settings)
-        if not settings.overrule_pdbs:
+        if not settings.overrule_pdbs and not plan.in_turn:  # what goes in turn heeds them by itself
             try:
                 budgets = cluster.list(PDBS, view.namespace)
             except Refused as refused:
@@ -68,7 +75,8 @@ def check(plan: Plan, view: View, settings: Settings, cluster: Cluster) -> tuple
 
 def busy_without(plan: Plan, view: View, busy: float) -> tuple[float, int, int]:
     """(how busy the average engine left would be, engines hit, engines ready), when it is `busy` with all of them."""
-    hit = sum(Radius.of(plan).holds(pod) for pod in view.ready)
+    at_once = Radius.at_once(plan)
+    hit = sum(at_once.holds(pod) for pod in view.ready)
     left = len(view.ready) - hit
     return (busy * len(view.ready) / left if left else math.inf), hit, len(view.ready)
 
@@ -99,7 +107,8 @@ def _selectors(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _shares(radius: Radius, plan: Plan, view: View, settings: Settings) -> None:
     zones = {pod.zone for pod in view.ready if pod.zone}
-    lost = zones - {pod.zone for pod in view.ready if not radius.holds(pod)}
+    at_once = Radius.at_once(plan)
+    lost = zones - {pod.zone for pod in view.ready if not at_once.holds(pod)}
     if zones and len(lost) / len(zones) > settings.max_zones:
         raise TargetError(
             f"{plan.facts.title}: {len(lost)} of {len(zones)} zones would lose every engine, more than the allowed "

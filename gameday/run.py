@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from faults.act import NotInjected, manifests, perform
-from faults.base import EXPIRES, MANAGED, RUN, Apply, Job, Plan, Undo, View
+from faults.base import EXPIRES, MANAGED, RUN, Act, Job, Plan, Undo, View, harmful
 from gameday import clock, finish, halt, leave, radius, record
 from gameday.clock import Epoch, Instant
 from gameday.cluster import Obj
@@ -219,6 +219,8 @@ class Session:
             expendable=settings.expendable,
             allow_node_replacement=settings.allow_node_replacement,
             sandbox=self._arena.sandbox,
+            workloads=self._cluster.workloads(),
+            model=settings.model,
         )
 
     def _write_run(self) -> None:
@@ -292,19 +294,19 @@ class Session:
                 return
             if isinstance(act, Job):
                 self._effects.signalled = clock.now()
-            if isinstance(act, Apply) and self._harm is None:
+            if harmful(act) and self._harm is None:
                 self._begin_harm(act, self._plan)
             try:
-                told = perform(self._cluster, act, self.tape.stopping)
+                told = perform(self._cluster, act, self.tape.stopping, self.tape.emit)
             except (NotInjected, ClusterError) as wrong:
                 self.tape.mark(Step.INJECTED, False, act.what, str(wrong))
                 self.stop("inconclusive", f"{act.what} was not injected: {wrong}")
                 return
             self.tape.mark(Step.INJECTED, True, act.what, told)
-            if isinstance(act, Apply) and act.proof and not self._effects.prove(act, self._harm or 0.0):
+            if harmful(act) and getattr(act, "proof", None) and not self._effects.prove(act, self._harm or 0.0):
                 return
 
-    def _begin_harm(self, act: Apply, plan: Plan) -> None:
+    def _begin_harm(self, act: Act, plan: Plan) -> None:
         assert self._watcher is not None and self._guard is not None
         self.tape.phase(Phase.BEFORE, "end")
         self._watcher.aim(frozenset(plan.facts.pods))
@@ -429,6 +431,8 @@ class Session:
         self._enter(Phase.AFTER, hold + rto + 1)
         if self._plan.rebalance:
             self._rebalance(self._plan.rebalance)
+        if self._plan.settles:
+            self._settle(self._plan.settles, "rollback")
         began = clock.now()
         self._tick(hold + rto + 1, until=lambda: clock.now() - began >= hold + 1 and self._is_back(hold))
         self.tape.phase(Phase.AFTER, "end")
@@ -447,7 +451,12 @@ class Session:
         patch = {"spec": {"template": {"metadata": {"annotations": stamp}}}}
         for name in deployments:
             self._cluster.patch(DEPLOYMENTS, name, patch, namespace, type="strategic")
-        self._phase, self._phase_ends = "rebalance", clock.now() + REBALANCE_WITHIN
+        self._settle(deployments, "rebalance")
+
+    def _settle(self, deployments: tuple[str, ...], what: str) -> None:
+        """Wait until these Deployments have rolled out."""
+        namespace = self._settings.namespace
+        self._phase, self._phase_ends = what, clock.now() + REBALANCE_WITHIN
         looked = [0.0]
 
         def rolled_out() -> bool:
@@ -460,9 +469,9 @@ class Session:
         self._tick(REBALANCE_WITHIN, until=rolled_out)
         took = clock.now() - begun
         if took >= REBALANCE_WITHIN:
-            self.tape.note("fail", f"the rebalancing rollout did not end within {show_duration(REBALANCE_WITHIN)}")
+            self.tape.note("fail", f"the {what} did not end within {show_duration(REBALANCE_WITHIN)}")
         else:
-            self.tape.note("info", f"rebalancing took {took:.1f} s")
+            self.tape.note("info", f"the {what} took {took:.1f} s")
         self._phase, self._phase_ends = str(Phase.AFTER), clock.now() + self.spec.hold(self._settings)
 
     # ── finish ──────────────────────────────────────────────────────────────────────────────

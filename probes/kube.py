@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from gameday import clock
 from gameday.cluster import Cluster, Node, Obj, Pod, Watched, to_node, to_pod
 from gameday.kinds import ENDPOINTSLICES, EVENTS, NETWORKCHAOS, NODES, PODCHAOS, PODS, Kind
 from gameday.model import EndpointMark, Event, KubeEvent, NodeMark, PodMark, RecordMark
+from probes.reach import Seen
 
 DEFAULT = "default"  # where Events about nodes live
 
@@ -49,6 +50,7 @@ class Watcher:
         self._lock = threading.Lock()
         self._zones: dict[str, str] = {}
         self._pods: dict[str, Pod] = {}  # by uid
+        self._born: dict[str, float] = {}  # uid → when the watch first saw it; pods that were there are not in it
         self._nodes: dict[str, Node] = {}  # by uid
         self._endpoints: dict[tuple[str, str], EndpointMark] = {}
         self._records: dict[tuple[str, str], str] = {}
@@ -134,6 +136,32 @@ class Watcher:
         with self._lock:
             return frozenset(pod.key for pod in self._pods.values() if pod.ready)
 
+    def exist(self, keys: Iterable[str]) -> bool:
+        """Whether any of these pods ("ns/pod") is still there."""
+        with self._lock:
+            return bool({pod.key for pod in self._pods.values()} & set(keys))
+
+    def cordoned(self, nodes: Iterable[str], since: float) -> Seen:
+        """Whether all these nodes are unschedulable, as the watch has it."""
+        with self._lock:
+            open_ = sorted(set(nodes) - {node.name for node in self._nodes.values() if node.unschedulable})
+        told = f"{', '.join(open_)} still schedulable" if open_ else "the watch sees the node(s) cordoned"
+        return Seen(not open_, not open_, clock.now(), since, told)
+
+    def newborn(self, deployment: str, since: float) -> Seen:
+        """Whether a pod of the Deployment has been born since then."""
+        with self._lock:
+            born = sorted(
+                (at, self._pods[uid].name)
+                for uid, at in self._born.items()
+                if at >= since and uid in self._pods and deployment_of(self._pods[uid].owner) == deployment
+            )
+        if not born:
+            return Seen(False, False, 0, 0, f"no new pod of Deployment {deployment} was seen")
+        return Seen(
+            True, True, born[0][0], since, f"{len(born)} new pod(s) of Deployment {deployment}, {born[0][1]} first"
+        )
+
     def _guarded(self, name: str, handler: Callable[[Watched, bool], None]) -> Callable[[Watched], None]:
         """`handler(event, fresh)`: `fresh` is False for what the first list brought, which is older than we are."""
 
@@ -164,6 +192,8 @@ class Watcher:
             return
         self._pods[pod.uid] = pod
         if old is None:
+            if fresh:
+                self._born[pod.uid] = clock.now()
             self._mark(pod, "created" if fresh else "exists")
             if pod.ready:
                 self._mark(pod, "ready")
@@ -304,6 +334,11 @@ class Watcher:
                 if found.node == node and found.t >= since and names_xid(found.text, xid):
                     return found
         return None
+
+
+def deployment_of(owner: str) -> str:
+    """The Deployment of a pod's owner, by its ReplicaSet's name (`NAME-HASH`); "" for another owner."""
+    return owner.removeprefix("ReplicaSet/").rpartition("-")[0] if owner.startswith("ReplicaSet/") else ""
 
 
 def names_xid(text: str, xid: int) -> bool:

@@ -5,6 +5,10 @@ one line per round. It also listens, so that probers can reach each other where 
 the other side. The harness follows the logs: an effect is proven when the pairs that must fail fail and the
 pairs that must work work, in `AGREE` rounds in a row.
 
+Where a fault makes pods mute, the probers also ask them (and a few others, as controls) over HTTP: `?health` and
+`?generate` (one token) stand beside the plain connection, whose kernel answers for a process that is stopped. Such a
+round takes up to `ASK_PATIENCE`.
+
 Instants are those of the line's arrival here (one clock); a round's result is at most `EVERY` + `PATIENCE` old.
 """
 
@@ -12,10 +16,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from faults.base import ROLE, Cut, Dead, Plan, View
+from faults.base import ROLE, Cut, Dead, Mute, Plan, Seeable, View
 from gameday import clock
 from gameday.cluster import Cluster, Node, Obj, Pod, Quiet
 from gameday.errors import ClusterError, MissingCapability
@@ -25,6 +30,8 @@ EVERY = 0.2  # seconds between rounds
 PATIENCE = 0.4  # seconds until a connection counts as failed
 AGREE = 2  # rounds in a row that must agree before an effect is proven
 LOST = 5  # rounds in a row without the effect until it counts as lost
+ASK_PATIENCE = 1.0  # seconds until a request counts as not answered
+CONTROLS = 2  # pods beside the targets that are asked as well
 PORT = 7979  # where probers listen for each other
 MAX_TARGETS = 16  # per prober and side: enough to tell, few enough to be quiet
 
@@ -34,6 +41,7 @@ import json, select, signal, socket, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as PID 1 there is no default
 targets, every, patience, lasts = json.loads(sys.argv[1]), *map(float, sys.argv[2:5])
 family = socket.AF_INET6 if ":" in sys.argv[6] else socket.AF_INET
+asking = float(sys.argv[7])
 listener = socket.socket(family, socket.SOCK_STREAM)
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 listener.bind(("", int(sys.argv[5]))); listener.listen(64); listener.setblocking(False)
@@ -43,7 +51,7 @@ while time.monotonic() < end:
     waiting, up, results = {}, {}, []
     poll = select.poll()
     poll.register(listener, select.POLLIN)
-    for index, (host, port) in enumerate(targets):
+    for index, (host, port, *request) in enumerate(targets):
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
         up[index] = "0"
@@ -56,19 +64,34 @@ while time.monotonic() < end:
         except OSError:
             pass
         else:
-            up[index] = "1"
+            up[index] = "0" if request else "1"  # nobody connects at once but to itself
         sock.close()
-    while waiting and time.monotonic() - begun < patience:
-        for fd, event in poll.poll(max(1, int((patience - (time.monotonic() - begun)) * 1000))):
+    while waiting:
+        left = begun + (asking if any(targets[i][2:] for i, _ in waiting.values()) else patience) - time.monotonic()
+        if left <= 0:
+            break
+        for fd, event in poll.poll(max(1, int(left * 1000))):
             if fd == listener.fileno():
                 try:
                     listener.accept()[0].close()
                 except OSError:
                     pass
                 continue
-            index, sock = waiting.pop(fd)
+            index, sock = waiting[fd]
+            request = targets[index][2:]
+            try:
+                if event & select.POLLIN and request:
+                    up[index] = "1" if sock.recv(64)[9:10] == b"2" else "0"
+                elif sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
+                    if request:
+                        sock.send(request[0].encode())
+                        poll.modify(fd, select.POLLIN)
+                        continue
+                    up[index] = "1" if time.monotonic() - begun < patience else "0"
+            except OSError:
+                pass
+            del waiting[fd]
             poll.unregister(fd)
-            up[index] = "1" if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0 else "0"
             sock.close()
     for index, sock in waiting.values():
         sock.close()
@@ -90,6 +113,12 @@ class Target:
     zone: str
     ip: str
     port: int
+    request: str = ""  # what is asked, beyond a connection
+
+    @property
+    def address(self) -> tuple[str, int] | tuple[str, int, str]:
+        """As the prober's script takes it."""
+        return (self.ip, self.port, self.request) if self.request else (self.ip, self.port)
 
 
 @dataclass(slots=True)
@@ -145,7 +174,7 @@ class Reach:
         """
         known: list[Target] = []
         for name, zone in self._order(plan):
-            targets = (*self._targets(plan.facts.pods), *known)
+            targets = (*self._targets(plan.facts.pods), *self._asks(plan), *known)
             pod = self._prober(name, zone, targets, plan)
             on_created(pod)
             self._cluster.create(PODS, pod)
@@ -170,7 +199,7 @@ class Reach:
         return sorted(self._view.probers, key=lambda one: (one[1] != plan.cuts, one))
 
     def _prober(self, name: str, zone: str, targets: tuple[Target, ...], plan: Plan) -> Obj:
-        addresses = tuple((target.ip, target.port) for target in targets)
+        addresses = tuple(target.address for target in targets)
         view = self._view
         made = prober(view.namespace, name, view.labels, self._image, self._lasts, zone, addresses, plan.avoid)
         made["spec"]["tolerations"] += _tolerated(view.nodes, zone)
@@ -196,6 +225,19 @@ class Reach:
         pods = sorted(self._view.pods, key=order)
         usable = [pod for pod in pods if pod.ready and pod.ip and pod.ports and not pod.host_network]
         return tuple(Target(pod.key, pod.zone, pod.ip, pod.ports[0]) for pod in usable[:MAX_TARGETS])
+
+    def _asks(self, plan: Plan) -> tuple[Target, ...]:
+        """What is asked of the pods that will be mute, and of a few others that will not."""
+        asks = [proof for act in plan.acts if isinstance(proof := getattr(act, "proof", None), Mute)]
+        found = []
+        for proof in asks:
+            usable = [pod for pod in self._view.ready if pod.ip and pod.ports and not pod.host_network]
+            others = [pod for pod in usable if pod.key not in proof.pods][:CONTROLS]
+            for pod in [pod for pod in usable if pod.key in proof.pods] + others:
+                address = f"{pod.ip}:{pod.ports[0]}"
+                for ask, request in _requests(proof, address, self._view.model).items():
+                    found.append(Target(f"{pod.key}?{ask}", pod.zone, pod.ip, pod.ports[0], request))
+        return tuple(found)
 
     def _wait(self, name: str, within: float) -> str:
         found: Obj = {}
@@ -243,19 +285,21 @@ class Reach:
         now = clock.now()
         return tuple(zone for zone, track in self._tracks.items() if now - track.last_line > longer_than)
 
-    def look(self, proof: Cut | Dead, gone: frozenset[str] = frozenset()) -> Seen:
+    def look(self, proof: Seeable, gone: frozenset[str] = frozenset()) -> Seen:
         """Whether the proof holds now. `gone`: pods that are expected to be dead, no use as a control."""
         with self._lock:
             pairs = self._pairs(proof, gone)
             if not pairs.must_fail:
                 return Seen(False, False, 0, 0, "no prober could reach the targets before")
-            if isinstance(proof, Dead) and (unseen := set(proof.pods) - {key for _, key in pairs.must_fail}):
+            if isinstance(proof, Dead | Mute) and (
+                unseen := set(proof.pods) - {_pod_of(key) for _, key in pairs.must_fail}
+            ):
                 return Seen(False, False, 0, 0, f"no prober could reach {', '.join(sorted(unseen))} before")
             if not pairs.must_work:
                 return Seen(False, False, 0, 0, "no uncut pair is left as a control")
             return _judge(pairs, self._tracks)
 
-    def look_gone(self, proof: Cut | Dead, ready: frozenset[str]) -> Seen:
+    def look_gone(self, proof: Seeable, ready: frozenset[str]) -> Seen:
         """Whether the effect is over: the pairs that had to fail work again, those whose pod is `ready` now.
 
         Probers count as well; with no pair left, nothing was seen.
@@ -263,31 +307,52 @@ class Reach:
         ours = {f"{self._view.namespace}/{name}" for name, _ in self._view.probers}
         with self._lock:
             pairs = self._pairs(proof, frozenset())
-            again = tuple(pair for pair in pairs.must_fail if pair[1] in ready or pair[1] in ours)
+            again = tuple(pair for pair in pairs.must_fail if _pod_of(pair[1]) in ready or pair[1] in ours)
             if not again:
                 return Seen(False, False, 0, 0, "no pair is left that could show it")
             return _judge(_Pairs((), again), self._tracks)
 
-    def _pairs(self, proof: Cut | Dead, gone: frozenset[str]) -> _Pairs:
-        fail, work = [], []
+    def _pairs(self, proof: Seeable, gone: frozenset[str]) -> _Pairs:
+        sorted_: dict[str, list[tuple[str, str]]] = {"fail": [], "work": [], "all": []}
         for zone, track in self._tracks.items():
             for target in track.targets:
-                pair = (zone, target.key)
-                if pair not in self._usual:
-                    continue
-                if isinstance(proof, Cut):
-                    across = (zone == proof.zone) != (target.zone == proof.zone)
-                    if across and target.key not in gone:
-                        fail.append(pair)
-                    elif not across and target.key not in gone:
-                        work.append(pair)
-                elif target.key in proof.pods:
-                    if not proof.zone or zone == proof.zone:
-                        fail.append(pair)
-                elif target.key not in gone and (not proof.zone or proof.zone not in (zone, target.zone)):
-                    # Of a zone that is cut off, only the others' view of each other is a control.
-                    work.append(pair)
-        return _Pairs(tuple(fail), tuple(work))
+                if (zone, target.key) in self._usual and (role := _role(proof, zone, target, gone)):
+                    sorted_[role].append((zone, target.key))
+        return _Pairs(tuple(sorted_["fail"]), tuple(sorted_["work"]), tuple(sorted_["all"]))
+
+
+def _role(proof: Seeable, zone: str, target: Target, gone: frozenset[str]) -> Literal["fail", "work", "all"] | None:
+    """What a prober in `zone` must see of a target: that it fails, or works (of "work" one is enough)."""
+    pod, _, ask = target.key.partition("?")
+    if isinstance(proof, Mute):
+        if ask == proof.ask:
+            return "fail" if pod in proof.pods else "work"
+        return "all" if ask == "health" and pod in proof.pods else None  # it says that it is well
+    if ask or target.key in gone:
+        return "fail" if isinstance(proof, Dead) and target.key in proof.pods and proof.zone in ("", zone) else None
+    if isinstance(proof, Cut):
+        return "fail" if (zone == proof.zone) != (target.zone == proof.zone) else "work"
+    if target.key in proof.pods:
+        return "fail" if proof.zone in ("", zone) else None
+    # Of a zone that is cut off, only the others' view of each other is a control.
+    return "work" if not proof.zone or proof.zone not in (zone, target.zone) else None
+
+
+def _pod_of(key: str) -> str:
+    """ "ns/pod" of a target's key."""
+    return key.partition("?")[0]
+
+
+def _requests(proof: Mute, address: str, model: str) -> dict[str, str]:
+    """What to send, by the name under which the answer is kept."""
+    found = {"health": f"GET {proof.health} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"}
+    if proof.ask == "generate":
+        body = json.dumps({"model": model, "prompt": "1", "max_tokens": 1})
+        found["generate"] = (
+            f"POST {proof.generate} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
+        )
+    return found
 
 
 def prober(
@@ -297,13 +362,13 @@ def prober(
     image: str,
     lasts: float,
     zone: str = "",
-    addresses: tuple[tuple[str, int], ...] = (),
+    addresses: Sequence[tuple[str, int] | tuple[str, int, str]] = (),
     avoid: tuple[str, ...] = (),
 ) -> Obj:
     """The manifest of one prober: fits Pod Security `restricted`, and quotas that ask for requests and limits."""
     # A sidecar would take every connection itself, and nothing would ever fail.
     labels = dict(labels) | {ROLE: "prober", "sidecar.istio.io/inject": "false"}
-    numbers = [str(EVERY), str(PATIENCE), str(lasts), str(PORT)]
+    numbers = [str(EVERY), str(PATIENCE), str(lasts), str(PORT), "$(POD_IP)", str(ASK_PATIENCE)]
     selector = {"nodeSelector": {"topology.kubernetes.io/zone": zone}} if zone else {}
     address = {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}  # its family is ours
     return {
@@ -328,7 +393,7 @@ def prober(
                     "name": "prober",
                     "image": image,
                     "env": [address],
-                    "command": ["python3", "-u", "-c", SCRIPT, json.dumps(addresses), *numbers, "$(POD_IP)"],
+                    "command": ["python3", "-u", "-c", SCRIPT, json.dumps(addresses), *numbers],
                     "resources": {
                         "requests": {"cpu": "20m", "memory": "32Mi"},
                         "limits": {"cpu": "500m", "memory": "64Mi"},
@@ -368,6 +433,7 @@ class _Pairs:
 
     must_fail: tuple[tuple[str, str], ...]
     must_work: tuple[tuple[str, str], ...]
+    all_work: tuple[tuple[str, str], ...] = ()  # of these, every one
 
 
 def _judge(pairs: _Pairs, tracks: Mapping[str, _Track]) -> Seen:
@@ -389,7 +455,9 @@ def _judge(pairs: _Pairs, tracks: Mapping[str, _Track]) -> Seen:
         works += alive if not pairs.must_fail else alive[:1]
     if not pairs.must_fail:  # "gone": every pair must work
         wrong += [f"{track.zone}↛{key}" for found in controls.values() for track, key in found if not track.up.get(key)]
-    used = fails + works
+    every = [(tracks[zone], key) for zone, key in pairs.all_work]
+    wrong += [f"{track.zone}↛{key}" for track, key in every if not track.up.get(key)]
+    used = fails + works + every
     settled = not wrong and all(track.row.get(key, 0) >= AGREE for track, key in used)
     since = max((track.since.get(key, 0.0) for track, key in fails or works), default=0.0)
     before = max((track.before.get(key, 0.0) for track, key in fails or works), default=0.0)

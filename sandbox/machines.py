@@ -1,4 +1,8 @@
-"""The machine provider: as many machines per zone as ordered. Deleting a Node ends its machine; a new one boots."""
+"""The machine provider: as many machines per zone as ordered. Deleting a Node ends its machine; a new one boots.
+
+A machine crashes when `b` or `c` is written to its /proc/sysrq-trigger (a FIFO that hostPath mounts reach): after
+`b` it resets and boots again under its name, after `c` it stays down, as one whose kernel does not reboot on panic.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,8 @@ class Machines:
     _numbers: dict[str, int] = field(default_factory=dict)  # the last number given out, by zone
     _index: int = 0
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _rebooting: set[str] = field(default_factory=set)
+    _triggers: dict[str, int] = field(default_factory=dict)  # machine name → its sysrq FIFO, open
 
     async def boot_all(self) -> list[str]:
         """The first machines, in the order of their zones: their names. Raises `StartError`."""
@@ -83,12 +89,44 @@ class Machines:
         finally:
             os.close(log_file)
         self._live[machine.name] = machine
+        self._listen(machine, place)
         self._start(self._watch_crash(machine))
 
     async def _watch_crash(self, machine: Machine) -> None:
         code = await self.zygote.exited(machine.name)
-        if machine.name in self._live:
-            log.warning("machine %s is down (%d); it stays so until its Node is deleted", machine.name, code)
+        if machine.name not in self._rebooting:
+            if machine.name in self._live:
+                log.warning("machine %s is down (%d); it stays so until its Node is deleted", machine.name, code)
+            return
+        await asyncio.sleep(self.options.clocks.machine_reboot)
+        self._rebooting.discard(machine.name)
+        if self._live.get(machine.name) is not machine:  # its Node was deleted meanwhile
+            return
+        self.zygote.forget(machine.name)
+        try:
+            await self._boot(machine)
+            log.info("machine %s is up again", machine.name)
+        except StartError as failed:
+            log.error("machine %s does not boot again: %s", machine.name, failed)
+
+    def _listen(self, machine: Machine, place: Place) -> None:
+        if machine.name in self._triggers:
+            return
+        # Read and write: the FIFO must neither end when a writer leaves nor block the next one.
+        fd = self._triggers[machine.name] = os.open(place.sysrq, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        asyncio.get_running_loop().add_reader(fd, self._triggered, machine, fd)
+
+    def _triggered(self, machine: Machine, fd: int) -> None:
+        try:
+            key = os.read(fd, 4096)[:1]
+        except BlockingIOError:
+            return
+        if key not in (b"b", b"c") or not self.zygote.running(machine.name):
+            return
+        log.warning("machine %s crashes (sysrq %s)", machine.name, key.decode())
+        if key == b"b":
+            self._rebooting.add(machine.name)
+        self._crash(machine)
 
     def _crash(self, machine: Machine) -> None:
         """Kernel, kubelet and pods end at the same instant, without a word on the network."""
@@ -107,6 +145,10 @@ class Machines:
 
     async def _replace(self, machine: Machine) -> None:
         del self._live[machine.name]
+        self._rebooting.discard(machine.name)
+        if (fd := self._triggers.pop(machine.name, None)) is not None:
+            asyncio.get_running_loop().remove_reader(fd)
+            os.close(fd)
         self._crash(machine)
         await self.zygote.exited(machine.name)
         self.zygote.forget(machine.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Clocks:
     repair_wait: float  # node auto repair: accelerator condition → replacement
     repair_poll: float
     machine_boot: float  # a replacement machine, from order to kubelet start
+    machine_reboot: float  # the same machine after a reset: firmware, kernel, services, until its kubelet starts
     model_load: float  # an engine's weights and compilation
     scrape_interval: float  # Prometheus
 
@@ -48,6 +49,7 @@ REAL = Clocks(
     repair_wait=600,
     repair_poll=30,
     machine_boot=60,
+    machine_reboot=90,
     model_load=120,
     scrape_interval=15,
 )
@@ -65,6 +67,7 @@ COMPRESSED = Clocks(
     repair_wait=10,
     repair_poll=1,
     machine_boot=2,
+    machine_reboot=6,
     model_load=3,
     scrape_interval=1,
 )
@@ -83,11 +86,15 @@ def default_state_dir() -> Path:
     return Path("/run/gameday") if os.geteuid() == 0 else Path(f"/tmp/gameday-{os.geteuid()}")  # noqa: S108
 
 
+Stack = Literal["reference", "fragile", "careless", "none"]
+STACKS: tuple[str, ...] = get_args(Stack)
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """One sandbox. Ports are on 127.0.0.1; 0 asks the kernel for a free one."""
 
-    stack: Literal["reference", "fragile", "none"] = "reference"
+    stack: Stack = "reference"
     clocks: Clocks = COMPRESSED
     zones: tuple[str, ...] = ("a", "b", "c")
     nodes_per_zone: int = 2

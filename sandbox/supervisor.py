@@ -450,7 +450,7 @@ class Supervisor:
             gateway_selector="app=gateway",
             clocks=self.options.clocks.name,
             stack=self.options.stack,
-            expendable=self.options.stack == "fragile",
+            expendable=self.options.stack in ("fragile", "careless"),
             not_enforced=self.not_enforced,
             started=time.time(),
             start_ticks=linux.start_ticks(pid) or 0,

@@ -26,7 +26,7 @@ import orjson
 from sandbox import prometheus
 from sandbox.kubeconfig import CONTEXT as CONTEXT
 from sandbox.node import cgroups, linux
-from sandbox.options import CLOCKS, Clocks, Options, default_state_dir
+from sandbox.options import CLOCKS, STACKS, Clocks, Options, default_state_dir
 
 _ROOT = Path(__file__).resolve().parent.parent
 _DOWN_SECONDS = 3.0  # for the supervisor to end by itself; then it is killed, which ends everything as well
@@ -148,8 +148,8 @@ def _check(options: Options) -> None:
     """What can be known beforehand."""
     if not sys.platform.startswith("linux"):
         raise SandboxError("the sandbox needs Linux: its pods are processes in namespaces")
-    if options.stack not in ("reference", "fragile", "none"):
-        raise SandboxError(f"there is no stack {options.stack!r}: choose reference, fragile or none")
+    if options.stack not in STACKS:
+        raise SandboxError(f"there is no stack {options.stack!r}: choose one of {', '.join(STACKS)}")
     if len(set(options.zones)) != len(options.zones) or not options.zones:
         raise SandboxError(f"zones must be named, and each once, not {', '.join(options.zones) or 'none'}")
     if not 1 <= options.nodes_per_zone * len(options.zones) <= 60:
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sandbox.up", description="Start, stop or show the sandbox.")
     parser.add_argument("what", choices=("up", "down", "status"))
     parser.add_argument("--state-dir", type=Path, default=default_state_dir())
-    parser.add_argument("--stack", choices=("reference", "fragile", "none"), default="reference")
+    parser.add_argument("--stack", choices=STACKS, default="reference")
     parser.add_argument("--clocks", choices=sorted(CLOCKS), default=None)
     parser.add_argument("--bare", action="store_true", help="the control plane alone")
     parser.add_argument("--control-plane", nargs="?", const="", metavar="DIR", help="real binaries, not our own")

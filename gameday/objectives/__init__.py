@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gameday.objectives.base import Objective, Objectives, objective_from_json, override
 from gameday.objectives.of_cluster import NodeKept, NodeReplaced, NothingLeftBehind, Replicas, Spread
+from gameday.objectives.of_operations import Drained, NeverFewer, NodesReady, Replaced
 from gameday.objectives.of_prometheus import Alerts, Promql
 from gameday.objectives.of_recovery import Recovers, StaysUp
 from gameday.objectives.of_requests import (
@@ -22,17 +23,21 @@ __all__ = [
     "Alerts",
     "Availability",
     "Capacity",
+    "Drained",
     "EndToEnd",
     "FirstToken",
     "Goodput",
     "InterToken",
+    "NeverFewer",
     "NodeKept",
     "NodeReplaced",
+    "NodesReady",
     "NothingLeftBehind",
     "Objective",
     "Objectives",
     "Promql",
     "Recovers",
+    "Replaced",
     "Replicas",
     "Spread",
     "StaysUp",

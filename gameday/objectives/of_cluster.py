@@ -36,7 +36,7 @@ def pods_at(timeline: Timeline, t: float) -> list[PodState]:
     return list(state.values())
 
 
-def _owned(timeline: Timeline, pods: list[PodState], owner: str) -> list[PodState]:
+def owned(timeline: Timeline, pods: list[PodState], owner: str) -> list[PodState]:
     """Those of `pods` that `owner` means. "": the engines, which are owned by their Service's name alone, while
     everything else is "Kind/name" (probes.kube); all pods where a record knows no engines. "*": all."""
     engines = {m.owner for m in of(timeline, PodMark) if m.owner and "/" not in m.owner}
@@ -58,7 +58,7 @@ class Replicas(Objective):
 
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
         end = end_of(timeline, phase)
-        pods = [] if end is None else _owned(timeline, pods_at(timeline, end), self.owner)
+        pods = [] if end is None else owned(timeline, pods_at(timeline, end), self.owner)
         if not any(True for _ in of(timeline, PodMark)) or end is None:
             return unseen(phase, self.title, float(self.at_least), "no pod was seen")
         ready = sorted(p.pod for p in pods if p.ready)
@@ -89,7 +89,7 @@ class Spread(Objective):
         zones = {n.zone for n in of(timeline, NodeMark) if n.zone} | {p.zone for p in of(timeline, PodMark) if p.zone}
         if end is None or len(zones) < 2:
             return unseen(phase, self.title, float(self.max_skew), f"{len(zones)} zones seen, a spread needs 2")
-        ready = [p for p in _owned(timeline, pods_at(timeline, end), self.owner) if p.ready]
+        ready = [p for p in owned(timeline, pods_at(timeline, end), self.owner) if p.ready]
         per_zone = {z: sum(1 for p in ready if p.zone == z) for z in sorted(zones)}
         evidence = ", ".join(f"{z}: {n}" for z, n in per_zone.items())
         if any(not p.zone for p in ready):

@@ -1,6 +1,7 @@
 """An LLM inference engine that behaves like vLLM's OpenAI server, without a model.
 
-Real: the HTTP and SSE traffic, the process and its signals, queueing, batching and KV-cache book-keeping.
+Real: the HTTP and SSE traffic, the two processes (`core`) and their signals, queueing, batching and KV-cache
+book-keeping.
 Emulated: the time a GPU would take (`batching.Cost`) and the text. As in vLLM the port opens only once the model
 is loaded, a stream's headers go out before its first token, and a client that leaves aborts its sequence.
 
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +25,9 @@ from typing import Literal
 import orjson
 from aiohttp import web
 
-from sandbox.images import openai
+from sandbox.images import core, openai
 from sandbox.images.batching import Cost, Finish, Limits, Scheduler, Seq, Step
+from sandbox.images.core import Core, CoreDied
 from sandbox.images.metrics import (
     CONTENT_TYPE,
     ITL_BUCKETS,
@@ -112,8 +115,8 @@ class Config:
 
 
 class Engine:
-    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
-        self._config, self._clock = config, clock
+    def __init__(self, config: Config, core: Core) -> None:
+        self._config, self._core, self._clock = config, core, time.monotonic
         self._scheduler = Scheduler(config.limits, config.cost)
         self._numbers = Numbers(config.model)
         self._work = asyncio.Event()
@@ -145,7 +148,7 @@ class Engine:
                 due = self._clock()
                 continue
             due = max(due, now - LATE_STEPS * step.seconds) + step.seconds
-            await asyncio.sleep(max(0.0, due - now))
+            await self._core.until(due)
             self._complete(step)
 
     async def drain(self, within: float) -> int:
@@ -373,7 +376,7 @@ def _config(argv: Sequence[str]) -> Config:
     )
 
 
-async def _serve(config: Config) -> int:
+async def _serve(config: Config, pipe: socket.socket) -> int:
     stop = stop_event()
     say(f"INFO: loading model {config.model}")
     with contextlib.suppress(TimeoutError):
@@ -382,14 +385,18 @@ async def _serve(config: Config) -> int:
         say("INFO: stopped while loading")
         return 0
     say(f"INFO: model loading took {config.load_seconds:.2f} s")
-    engine = Engine(config)
+    engine = Engine(config, Core(pipe))
     steps = asyncio.create_task(engine.steps())
     try:
         async with serving(engine.app(), config.host, config.port, config.keep_alive):
             say(f"INFO: serving {config.model} on {config.host}:{config.port}")
             await asyncio.wait({asyncio.create_task(stop.wait()), steps}, return_when=asyncio.FIRST_COMPLETED)
             if steps.done():
-                steps.result()  # a bug in the engine loop must end the process, as vLLM's EngineDead does
+                try:
+                    steps.result()  # a bug in the engine loop must end the process
+                except CoreDied as died:
+                    say(f"ERROR: engine dead: {died}")
+                    return 1
             say(f"INFO: shutting down, running requests have {config.shutdown_timeout:g} s")
             cut = await engine.drain(config.shutdown_timeout)
     finally:
@@ -400,7 +407,8 @@ async def _serve(config: Config) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Run one engine until SIGTERM. Returns the exit code; SystemExit(2) for bad arguments."""
-    return run(_serve(_config(list(argv))))
+    config = _config(list(argv))
+    return run(_serve(config, core.start()))
 
 
 if __name__ == "__main__":

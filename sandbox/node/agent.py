@@ -345,7 +345,7 @@ class Agent:
 
 def _unsupported(spec: Obj) -> str:
     """What the pod asks for that would otherwise be ignored; "" when nothing."""
-    for name in ("hostNetwork", "hostPID", "hostIPC"):
+    for name in ("hostNetwork", "hostIPC"):
         if spec.get(name):
             return name
     for container in spec.get("initContainers") or []:

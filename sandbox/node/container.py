@@ -62,6 +62,7 @@ class Container:
         waiting = "PodInitializing" if pod.spec.get("initContainers") else "ContainerCreating"
         self.view = ContainerView(self.name, spec["image"], {"waiting": {"reason": waiting}})
         self._attempt = 0
+        self._lost = False  # it ran when its machine went down, and has not been started since
         self._since = 0.0
         self._spec_running: Obj = spec
         self._process: str | None = None
@@ -79,6 +80,17 @@ class Container:
         """The wanted spec, as the API shows it now."""
         found: Obj = self.pod.container_spec(self.name, init=self._init)
         return found
+
+    def resume(self, known: Obj) -> None:
+        """It ran before this machine went down, as its status still says: what became of it is not known."""
+        view, restarts = self.view, int(known.get("restartCount", 0))
+        view.restarts, self._attempt, self._lost = restarts, restarts + 1, True
+        view.image, view.image_id, view.container_id = known["image"], known.get("imageID", ""), known["containerID"]
+        state, last = known.get("state") or {}, known.get("lastState") or {}
+        lost = {"exitCode": 255, "reason": "Unknown", "finishedAt": now(), "containerID": known["containerID"]}
+        lost["startedAt"] = (state.get("running") or {}).get("startedAt")
+        view.state = {"terminated": state.get("terminated") or last.get("terminated", lost)}
+        view.last_state = last
 
     # — what the pod tells it —
 
@@ -116,6 +128,8 @@ class Container:
 
     async def _cycle(self) -> None:
         ended: float | None = None
+        if self._lost and not self._restarts(self.view.state["terminated"]["exitCode"]):
+            return
         while not self.pod.stopping:
             self._wished.clear()
             self._wish = None
@@ -252,6 +266,7 @@ class Container:
             cwd=spec.get("workingDir") or "/",
             netns=True,
             isolated=True,
+            host_pids=bool(self.pod.spec.get("hostPID")),
             hostname=self.pod.spec.get("hostname") or meta["name"],
             mounts=(*self.pod.name_files(), *self.pod.volumes.mounts(spec)),
             cgroups=self._limited(spec, number),

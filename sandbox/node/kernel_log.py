@@ -16,11 +16,12 @@ _MOST = 16_384  # bytes of one read; the kernel takes records of up to 1 KB
 
 
 def make(place: Place) -> None:
-    """The FIFO and the directory, before any container can mount them."""
+    """The FIFOs (the machine provider reads `sysrq`) and the directory, before any container can mount them."""
     place.var_log.mkdir(parents=True, exist_ok=True)
-    if not place.kmsg.exists():
-        os.mkfifo(place.kmsg)
-        place.kmsg.chmod(0o622)
+    for fifo in (place.kmsg, place.sysrq):
+        if not fifo.exists():
+            os.mkfifo(fifo)
+            fifo.chmod(0o622)
     (place.var_log / "kern.log").touch()
 
 

@@ -52,6 +52,7 @@ class Pod:
         self._net: PodNet | None = None
         self._stop = asyncio.Event()
         self._killed_by = ""
+        self._resumed = False
         self._version = self._posted = 0
         self._dirty = asyncio.Event()
         self._clean = asyncio.Condition()
@@ -59,6 +60,19 @@ class Pod:
         main = [Container(self, spec, init=False) for spec in self.spec["containers"]]
         self._init, self._main = init, main
         self.view = status.PodView([c.view for c in main], [c.view for c in init], status.now(), agent.address)
+        self._resume(obj.get("status") or {})
+
+    def _resume(self, known: Obj) -> None:
+        """Take up a pod that ran here before the machine went down."""
+        found = {one["name"]: one for one in known.get("containerStatuses") or [] if one.get("containerID")}
+        if not found:
+            return
+        self._resumed = True
+        self.view.start_time = known.get("startTime") or self.view.start_time
+        self._killed_by = (self.obj["metadata"].get("annotations") or {}).get(KILL_ANNOTATION, "").partition(":")[0]
+        for container in self._main:
+            if container.name in found:
+                container.resume(found[container.name])
 
     @property
     def spec(self) -> Obj:
@@ -170,6 +184,10 @@ class Pod:
 
     async def _set_up(self) -> bool:
         """Network and volumes; False: told to stop before they were there."""
+        if self._resumed:
+            self.changed()
+            await self.posted()  # what was lost is told before it starts anew
+            self.event("Normal", "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.")
         self._net = self.agent.networks.create()
         if self.agent.machine.group:
             self.group = self.agent.machine.group.child(self.uid).make()

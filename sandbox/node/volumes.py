@@ -29,6 +29,10 @@ class Place:
         return self.root / "kmsg"
 
     @property
+    def sysrq(self) -> Path:
+        return self.root / "sysrq-trigger"
+
+    @property
     def var_log(self) -> Path:
         return self.root / "var" / "log"
 
@@ -39,6 +43,8 @@ class Place:
         """What stands for a path of the host; None: the sandbox has nothing for it."""
         if path == "/dev/kmsg":
             return self.kmsg
+        if path == "/proc/sysrq-trigger":
+            return self.sysrq
         if path == "/var/log" or path.startswith("/var/log/"):
             return self.var_log / path.removeprefix("/var/log").lstrip("/")
         return None
@@ -89,7 +95,7 @@ class Volumes:
         if source is None:
             raise NotReady(
                 f'MountVolume.SetUp failed for volume "{name}" : hostPath {host["path"]} does not exist in the sandbox '
-                "(it has /dev/kmsg and /var/log)"
+                "(it has /dev/kmsg, /proc/sysrq-trigger and /var/log)"
             )
         if host.get("type") == "DirectoryOrCreate":
             source.mkdir(parents=True, exist_ok=True)

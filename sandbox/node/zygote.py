@@ -56,6 +56,7 @@ class Spawn:
     tty: bool = False  # stdin is a terminal, to be the process's own
     netns: bool = False
     isolated: bool = False
+    host_pids: bool = False  # isolated, but sees (and signals) every process of the machine
     hostname: str = ""
     mounts: tuple[Mount, ...] | None = None
     join: str | None = None  # run inside the namespaces of this other spawned process
@@ -74,6 +75,7 @@ class Zygote:
         self._sock = sock
         self._children: dict[int, str] = {}
         self._pids: dict[str, int] = {}
+        self._groups: set[int] = set()  # leaders whose children no process namespace ends with them
 
     def run(self) -> None:
         wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -119,7 +121,7 @@ class Zygote:
             spaces = linux.namespaces(joined)
             pidns = spaces[linux.CLONE_NEWPID]
         ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
-        pid = linux.fork(pidns, new_pidns=order["isolated"])
+        pid = linux.fork(pidns, new_pidns=order["isolated"] and not order["host_pids"])
         if pid == 0:
             os.close(ready_r)
             _become(order, fds, ready_w, spaces)
@@ -136,6 +138,8 @@ class Zygote:
             return
         self._children[pid] = order["id"]
         self._pids[order["id"]] = pid
+        if order["host_pids"]:
+            self._groups.add(pid)
         self._tell({"op": "spawned", "id": order["id"], "pid": pid})
 
     def _reap(self) -> None:
@@ -147,6 +151,10 @@ class Zygote:
             if pid == 0:
                 return
             name = self._children.pop(pid, None)
+            if pid in self._groups:
+                self._groups.discard(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
             if name is not None:  # else an orphan of some child: PID 1 reaps it
                 del self._pids[name]
                 self._tell({"op": "exited", "id": name, "code": os.waitstatus_to_exitcode(status)})

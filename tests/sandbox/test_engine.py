@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -339,3 +342,45 @@ def test_a_client_that_leaves_aborts_its_sequence() -> None:
         await until(aborted)
 
     asyncio.run(_session_story(story))
+
+
+# ── its two processes ───────────────────────────────────────────────────────────────────────────
+
+
+def core_of(pid: int) -> int:
+    """The engine's core process, by vLLM's name for it."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and (entry / "stat").read_text().rsplit(")", 1)[1].split()[1] == str(pid):
+                assert "VLLM::EngineCore" in (entry / "cmdline").read_text()
+                return int(entry.name)
+    raise AssertionError("the engine has no core process")
+
+
+def test_a_stopped_core_leaves_health_green_and_generates_nothing() -> None:
+    """A zombie engine (vllm #39863): what only a generation can tell."""
+
+    async def scenario() -> None:
+        async with engine() as process, aiohttp.ClientSession() as session:
+            core = core_of(process.popen.pid)
+            os.kill(core, signal.SIGSTOP)
+            try:
+                async with session.get(process.url + "/health") as answer:
+                    assert answer.status == 200
+                hung = asyncio.create_task(stream(session, process.url))
+                assert not (await asyncio.wait({hung}, timeout=0.5))[0]
+            finally:
+                os.kill(core, signal.SIGCONT)
+            assert (await hung).done, "it goes on where it was"
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_whose_core_dies_ends() -> None:
+    async def scenario() -> None:
+        async with engine() as process, aiohttp.ClientSession() as session:
+            os.kill(core_of(process.popen.pid), signal.SIGKILL)
+            assert not (await stream(session, process.url)).done
+            assert await process.exit_code() == 1
+
+    asyncio.run(scenario())

@@ -390,7 +390,7 @@ def test_prometheus_scrapes_at_the_clocks_interval() -> None:
 # — manifests and options —
 
 
-@pytest.mark.parametrize("stack", ["reference", "fragile"])
+@pytest.mark.parametrize("stack", ["reference", "fragile", "careless"])
 def test_every_object_of_a_stack_can_be_deployed(stack: str) -> None:
     documents = list(deploy.documents(stack))
     assert {d["kind"] for d in documents} >= {"Deployment", "Service", "DaemonSet", "Namespace"}

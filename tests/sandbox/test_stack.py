@@ -36,7 +36,7 @@ def containers(stack: str) -> Iterator[tuple[Doc, Doc]]:
             yield doc, container
 
 
-both = pytest.mark.parametrize("stack", ["reference", "fragile"])
+both = pytest.mark.parametrize("stack", ["reference", "fragile", "careless"])
 
 
 @both
@@ -109,6 +109,8 @@ def test_every_image_is_known_and_its_program_takes_the_arguments(stack: str, mo
         with monkeypatch.context() as patch:
             reached: list[object] = []
             patch.setattr(program, "run", _notes(reached))
+            if module.endswith("engine"):
+                patch.setattr(program.core, "start", lambda: None)  # a second process
             if module.endswith("npd"):
                 patch.setattr(program.Path, "read_bytes", lambda _: _rules(stack))
             assert getattr(program, function)(container.get("args", [])) == 0
@@ -172,9 +174,21 @@ def test_the_reference_survives_a_zone_and_the_fragile_one_cannot() -> None:
     assert {"--no-retry", "--no-ejection"} <= set(gateway["spec"]["template"]["spec"]["containers"][0]["args"])
 
 
-def test_both_stacks_have_the_same_detectors() -> None:
+def test_the_careless_one_is_as_large_and_lacks_what_makes_operations_harmless() -> None:
+    (care,), (engine,) = of("reference", "Deployment", "my-llama32"), of("careless", "Deployment", "my-llama32")
+    assert engine["spec"]["replicas"] == care["spec"]["replicas"]
+    pod, careful = engine["spec"]["template"]["spec"], care["spec"]["template"]["spec"]
+    assert pod["topologySpreadConstraints"] == careful["topologySpreadConstraints"]
+    assert engine["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": "100%"}
+    assert pod["terminationGracePeriodSeconds"] == 1
+    assert not {"lifecycle", "livenessProbe"} & set(pod["containers"][0]), "no stream may end, nobody restarts"
+    assert of("careless", "PodDisruptionBudget", "my-llama32")[0]["spec"]["maxUnavailable"] == 0
+
+
+def test_all_stacks_have_the_same_detectors() -> None:
     for path in ("00-namespaces.yaml", "10-node-problem-detector.yaml", "11-dcgm-exporter.yaml"):
-        assert (STACK / "reference" / path).read_text() == (STACK / "fragile" / path).read_text()
+        for stack in ("fragile", "careless"):
+            assert (STACK / "reference" / path).read_text() == (STACK / stack / path).read_text()
 
 
 def test_every_rule_names_the_xid_of_its_pattern() -> None:
