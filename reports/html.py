@@ -56,6 +56,8 @@ def write(run_dir: Path) -> Path:
 def write_index(run_root: Path) -> Path:
     """Write `run_root/index.html`: every experiment of the run, also those that ended without a verdict."""
     found = verdicts.entries(run_root)
+    trials = verdicts.trials(found)
+    missing = sum(t.of for t in trials) - sum(e.judgement.experiment in {t.experiment for t in trials} for e in found)
     page = (
         _environment()
         .get_template("index.html.j2")
@@ -63,8 +65,9 @@ def write_index(run_root: Path) -> Path:
             run=run_root.name,
             entries=found,
             trends=history.trends(run_root),
-            tally=words.tally(e.judgement.verdict for e in found) or "no experiment ran",
-            worst=Verdict.worst(e.judgement.verdict for e in found),
+            trials=trials,
+            tally=_tally(found, missing),
+            worst=Verdict.worst([*(e.judgement.verdict for e in found), *(t.verdict for t in trials)]),
             about=found[0].about if found else {},
             healed=healed,
             csp=_csp(()),
@@ -73,6 +76,11 @@ def write_index(run_root: Path) -> Path:
     path = run_root / INDEX
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _tally(found: Sequence[verdicts.Entry], missing: int) -> str:
+    told = words.tally(e.judgement.verdict for e in found) or "no experiment ran"
+    return f"{told} · {missing} trials never ran" if missing else told
 
 
 def manifests(run_dir: Path) -> tuple[Manifest, ...]:

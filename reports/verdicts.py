@@ -6,7 +6,7 @@ An experiment that ended without a verdict is an ERROR in every report: what die
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from types import MappingProxyType
 from gameday.errors import RecordError
 from gameday.model import Counts, Finding, Judgement, Verdict
 from gameday.record import read_verdict
+from gameday.trials import Trials, pool
 
 RUN = "run.json"
 SIGNS = (RUN, "verdict.json", "events.jsonl", "experiment.json")
@@ -36,6 +37,14 @@ class Entry:
     @property
     def reported(self) -> bool:
         return (self.dir / "report.html").is_file()
+
+    @property
+    def asked(self) -> int:
+        """How many trials of the experiment were asked for; 1 where the record does not say."""
+        try:
+            return int(json.loads((self.dir / RUN).read_bytes())["about"]["settings"]["trials"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return 1
 
     @property
     def seconds(self) -> float | None:
@@ -62,6 +71,19 @@ def entries(run_root: Path) -> tuple[Entry, ...]:
     dirs = sorted(d for d in run_root.iterdir() if any((d / name).is_file() for name in SIGNS))
     found = [Entry(d, read(d), _about(d)) for d in dirs]
     return tuple(sorted(found, key=lambda e: _number(e.about.get("epoch_mono"))))
+
+
+def trials(entries: Iterable[Entry]) -> tuple[Trials, ...]:
+    """The experiments that were, or should have been, tried more than once, pooled."""
+    grouped: dict[str, list[Entry]] = {}
+    for entry in entries:
+        grouped.setdefault(entry.judgement.experiment, []).append(entry)
+    asked = {name: max(e.asked for e in some) for name, some in grouped.items()}
+    return tuple(
+        pool([e.judgement for e in some], asked[name])
+        for name, some in grouped.items()
+        if max(len(some), asked[name]) > 1
+    )
 
 
 def _lost(run_dir: Path, why: str) -> Judgement:

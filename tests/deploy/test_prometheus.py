@@ -203,9 +203,8 @@ def test_the_sandbox_s_alerts_are_promql(tmp_path: Path, clocks: Clocks) -> None
 
 def test_the_sandbox_s_alerts_fire_when_engines_are_lost_and_not_when_a_rollout_surges(tmp_path: Path) -> None:
     (tmp_path / "alerts.yml").write_text(sandbox_prometheus.rules(COMPRESSED))
-    lives = (
-        ["1x120"] * 4 + ["1x30 stale _x19 1x70"] * 2 + ["_x70 1x20 stale _x29"] * 2
-    )  # six, of which two go and come; two more
+    # Six, of which two go and come back; then two more for a while.
+    lives = ["1x120"] * 4 + ["1x30 stale _x19 1x70"] * 2 + ["_x70 1x20 stale _x29"] * 2
     series = [
         {"series": f'up{{app="my-llama32",namespace="llm",pod="{i}"}}', "values": values}
         for i, values in enumerate(lives)
