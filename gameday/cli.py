@@ -28,7 +28,7 @@ from gameday.rbac import show as show_rbac
 from gameday.toolkit import validate as validate_
 from loadgen.cli import load
 from probes.prometheus import Prometheus
-from reports import console, html
+from reports import console, html, verdicts
 from reports.gate import NEED, gate as gate_, history
 from sandbox import options as sandbox_options, up as sandbox_up
 from sandbox.up import SandboxError
@@ -241,6 +241,8 @@ def judge(directory: Path) -> None:
         judgement = judge_(timeline, objectives)
         record.write_verdict(one, judgement)
         judged.append(judgement)
+    if not (directory / "run.json").exists():  # a whole run: what could not begin has no record, and is no PASS
+        judged += [e.judgement for e in verdicts.entries(directory) if not (e.dir / "run.json").exists()]
     console.show(judged)
     sys.exit(0 if Verdict.worst(one.verdict for one in judged) is Verdict.PASS else 1)
 

@@ -29,7 +29,7 @@ from gameday.run import Arena, Session, Spec
 from gameday.toolkit import execute
 from gameday.trials import pool
 from loadgen.traffic import Traffic
-from reports import console, html, junit, markdown
+from reports import console, html, junit, markdown, verdicts
 from reports.live import Live
 from reports.notify import Notify, tell
 
@@ -184,7 +184,7 @@ def name_of(item: pytest.Item) -> str:
 
 def not_begun(name: str, text: str, verdict: Verdict = Verdict.ERROR) -> Judgement:
     """The judgement of an experiment, or of a trial, that could not begin."""
-    finding = Finding("run", "experiment could begin", verdict, None, None, "", evidence=text)
+    finding = Finding("run", verdicts.BEGUN, verdict, None, None, "", evidence=text)
     return Judgement(name, verdict, (finding,), None, Counts(), 0, "", f"pytest experiments -k {name}")
 
 
@@ -229,9 +229,9 @@ def summarise(
             write_line(line)
     arena = config.stash[OPENED].arena if OPENED in config.stash else None
     writers: list[Callable[[], Path | None]] = [lambda: step_summary(judged, held)]
-    if arena is not None and arena.root.is_dir():
+    if arena is not None:
         root = arena.root
-        writers += [lambda: html.write_index(root), lambda: junit.write(root)]
+        writers += [lambda: verdicts.keep(root, judged), lambda: html.write_index(root), lambda: junit.write(root)]
     for write in writers:
         try:
             if path := write():

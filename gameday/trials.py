@@ -52,6 +52,7 @@ class Trials:
     recovery: Recovery | None
     recovery_low: float | None  # of all trials
     recovery_high: float | None  # None: one of them never recovered
+    missing: int  # trials that were asked for and never ran
     pass_rate_low: float  # 95 % interval of the share that would pass
     pass_rate_high: float
 
@@ -77,7 +78,8 @@ def pool(judgements: Sequence[Judgement], asked: int | None = None) -> Trials:
     measured = [j.recovery for j in judgements if j.recovery is not None]
     highs = [r.high for r in measured if r.high is not None]
     count = max(len(judgements), asked or 0)
-    missing = [Verdict.INCONCLUSIVE] * (count - len(judgements))
+    never = count - len(judgements)
+    missing = [Verdict.INCONCLUSIVE] * never
     low, high = wilson(passed, count)
     return Trials(
         experiment=names.pop(),
@@ -88,6 +90,7 @@ def pool(judgements: Sequence[Judgement], asked: int | None = None) -> Trials:
         recovery=max(measured, key=_slow, default=None),
         recovery_low=min((r.low for r in measured if r.low is not None), default=None),
         recovery_high=max(highs) if highs and len(highs) == len(measured) and not missing else None,
+        missing=never,
         pass_rate_low=low,
         pass_rate_high=high,
     )

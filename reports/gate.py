@@ -193,9 +193,9 @@ def _measured(run_root: Path) -> tuple[_Measured, ...]:
 
 
 def _current(entry: verdicts.Entry) -> _Measured:
-    """One that died leaves neither seal nor verdict, and is an ERROR as in every report."""
+    """One that died, or could not begin, has no seal, and is an ERROR as in every report."""
     directory = entry.dir
-    if not (directory / record.SEAL).exists() and not (directory / "verdict.json").exists():
+    if not (directory / record.SEAL).exists() and not entry.judgement.passed:
         return _Measured(_named(entry.judgement, entry), entry.about.get("experiment", entry.name), None)
     timeline, objectives = record.load(directory)
     judgement = judge(timeline, objectives)

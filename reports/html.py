@@ -57,7 +57,7 @@ def write_index(run_root: Path) -> Path:
     """Write `run_root/index.html`: every experiment of the run, also those that ended without a verdict."""
     found = verdicts.entries(run_root)
     trials = verdicts.trials(found)
-    missing = sum(t.of for t in trials) - sum(e.judgement.experiment in {t.experiment for t in trials} for e in found)
+    missing = sum(t.missing for t in trials)
     page = (
         _environment()
         .get_template("index.html.j2")

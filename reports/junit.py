@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 
 from gameday.model import Counts, Verdict
+from gameday.trials import Trials
 from reports import verdicts, words
 from reports.console import story
 from reports.verdicts import Entry
@@ -27,6 +28,7 @@ def write(run_root: Path) -> Path:
 def suites(entries: Sequence[Entry], name: str) -> Element:
     """The document. A run without any experiment holds one error, for an empty suite is green to most readers."""
     cases = [_case(entry) for entry in entries] or [_nothing_ran()]
+    cases += [_missing(t) for t in verdicts.trials(entries) if t.missing]
     totals = {
         "tests": str(len(cases)),
         "failures": str(sum(case.find("failure") is not None for case in cases)),
@@ -75,6 +77,14 @@ def properties(entry: Entry) -> Iterator[tuple[str, str]]:
 def _nothing_ran() -> Element:
     case = Element("testcase", classname="experiments", name="any experiment", time="0.000")
     SubElement(case, "error", type=str(Verdict.ERROR), message="no experiment ran")
+    return case
+
+
+def _missing(trials: Trials) -> Element:
+    """Trials that were asked for and never ran."""
+    case = Element("testcase", classname="experiments", name=f"{clean(trials.experiment)}: all trials", time="0.000")
+    message = f"{trials.missing} of {trials.of} trials never ran"
+    SubElement(case, "error", type=str(Verdict.INCONCLUSIVE), message=message)
     return case
 
 

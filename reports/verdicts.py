@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from gameday.errors import RecordError
 from gameday.model import Counts, Finding, Judgement, Verdict
-from gameday.record import read_verdict
+from gameday.record import read_verdict, write_verdict
 from gameday.trials import Trials, pool
 
 RUN = "run.json"
@@ -71,6 +71,26 @@ def entries(run_root: Path) -> tuple[Entry, ...]:
     dirs = sorted(d for d in run_root.iterdir() if any((d / name).is_file() for name in SIGNS))
     found = [Entry(d, read(d), _about(d)) for d in dirs]
     return tuple(sorted(found, key=lambda e: _number(e.about.get("epoch_mono"))))
+
+
+BEGUN = "experiment could begin"
+"""The objective of the only finding of an experiment that could not begin."""
+
+
+def keep(run_root: Path, judgements: Iterable[Judgement]) -> None:
+    """Write down the experiments that could not begin: they have no record, and must not be missing from the reports.
+
+    A trial that never ran is not written: its absence is told by the number of trials that were asked for.
+    """
+    for judgement in judgements:
+        errors = [f for f in judgement.findings if f.objective == BEGUN and f.status is Verdict.ERROR]
+        directory = run_root / judgement.experiment
+        if not errors or (directory.exists() and not (directory / "verdict.json").exists()):
+            continue
+        if directory.exists() and read(directory) != judgement:
+            directory = directory.with_name(f"{directory.name}.not_begun")
+        directory.mkdir(parents=True, exist_ok=True)
+        write_verdict(directory, judgement)
 
 
 def trials(entries: Iterable[Entry]) -> tuple[Trials, ...]:

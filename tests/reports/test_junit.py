@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import synthetic
+from click.testing import CliRunner
 from test_console import JUDGEMENT
 
-from gameday.model import Verdict
-from reports import junit, markdown
+from gameday import record
+from gameday.cli import main
+from gameday.model import Counts, Finding, Judgement, Verdict
+from reports import html, junit, markdown, verdicts
+from reports.gate import gate
 from reports.verdicts import Entry
 
 
@@ -62,6 +68,45 @@ def test_an_experiment_that_died_before_its_run_json_is_an_error(tmp_path: Path)
     root = ElementTree.parse(junit.write(tmp_path)).getroot()
     assert [c.get("name") for c in root.iter("testcase")] == ["pod_kill"]
     assert root.get("errors") == "1"
+
+
+def unbegun(name: str, verdict: Verdict = Verdict.ERROR) -> Judgement:
+    finding = Finding("run", verdicts.BEGUN, verdict, None, None, "", evidence="no rights to create podchaos")
+    return Judgement(name, verdict, (finding,), None, Counts(), 0, "", f"pytest experiments -k {name}")
+
+
+def test_what_could_not_begin_is_in_every_report(run_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "20261124-090000-7419"
+    ran = shutil.copytree(run_root / "zone_outage", root / "zone_outage")
+    (ran / "plan.json").write_text("{}")
+    record.seal(ran)
+    judged = [unbegun("pod_kill"), unbegun("zone_outage"), unbegun("gpu_xid", Verdict.INCONCLUSIVE)]
+    for _ in range(2):  # safe to repeat
+        verdicts.keep(root, judged)
+    assert [e.name for e in verdicts.entries(root)] == ["zone_outage", "pod_kill", "zone_outage.not_begun"]
+    cases = {c.get("name"): c for c in ElementTree.parse(junit.write(root)).iter("testcase")}
+    assert cases["zone_outage"].find("error") is None
+    for name in ("pod_kill", "zone_outage.not_begun"):
+        error = cases[name].find("error")
+        assert error is not None and "no rights" in (error.get("message") or "")
+    page = html.write_index(root).read_text(encoding="utf-8")
+    assert "2 ERROR · 1 PASS" in page and "pod_kill (no report)" in page
+    held = gate(root, [], by=0.1, last=3)
+    assert not held.passed and "ERROR  pod_kill" in held.story
+    done = CliRunner().invoke(main, ["judge", str(root)])
+    assert done.exit_code == 1 and "no rights to create podchaos" in done.output
+
+
+def test_a_trial_that_never_ran_is_an_error(run_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_root / "zone_outage", tmp_path / "zone_outage")
+    path = tmp_path / "zone_outage" / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    run["about"]["settings"]["trials"] = "3"
+    path.write_text(json.dumps(run))
+    suite = ElementTree.parse(junit.write(tmp_path)).getroot()
+    assert (suite.get("tests"), suite.get("errors")) == ("2", "1")
+    (error,) = suite.iter("error")
+    assert (error.get("type"), error.get("message")) == ("INCONCLUSIVE", "2 of 3 trials never ran")
 
 
 def test_nothing_ran_is_an_error() -> None:
