@@ -167,7 +167,12 @@ def _nearest(edges: tuple[float, ...], limit: float) -> list[float]:
 
 
 def _select(name: str, *matchers: str) -> str:
-    """A selector by name; the name stands as a matcher, for some vendors' names have colons or begin with one."""
+    """A selector by name; the name stands as a matcher, for some vendors' names have colons or begin with one.
+
+    A name may bring matchers of its own: `requests{type="waiting"}`.
+    """
+    name, _, own = name.removesuffix("}").partition("{")
+    matchers = (own, *matchers)
     return "{" + ",".join([f'__name__="{name}"', *(m for m in matchers if m)]) + "}"
 
 
@@ -218,18 +223,24 @@ VLLM = Profile(
 )
 
 SGLANG = Profile(
-    "SGLang",
+    "SGLang",  # its names have had a colon and an underscore, by version
     latencies={
-        "first token": Histogram({"sglang:time_to_first_token_seconds": 1}),
-        "inter-token": Histogram({"sglang:inter_token_latency_seconds": 1, "sglang:time_per_output_token_seconds": 1}),
-        "end to end": Histogram({"sglang:e2e_request_latency_seconds": 1}),
+        "first token": Histogram({"sglang_time_to_first_token_seconds": 1, "sglang:time_to_first_token_seconds": 1}),
+        "inter-token": Histogram(
+            {
+                "sglang_inter_token_latency_seconds": 1,
+                "sglang:inter_token_latency_seconds": 1,
+                "sglang:time_per_output_token_seconds": 1,
+            }
+        ),
+        "end to end": Histogram({"sglang_e2e_request_latency_seconds": 1, "sglang:e2e_request_latency_seconds": 1}),
     },
     gauges={
-        "waiting": ("sglang:num_queue_reqs",),
-        "running": ("sglang:num_running_reqs",),
-        "cache usage": ("sglang:token_usage",),
+        "waiting": ("sglang_num_queue_reqs", "sglang:num_queue_reqs"),
+        "running": ("sglang_num_running_reqs", "sglang:num_running_reqs"),
+        "cache usage": ("sglang_token_usage", "sglang:token_usage"),
     },
-    tokens=Rate(("sglang:generation_tokens_total",)),
+    tokens=Rate(("sglang_generation_tokens_total", "sglang:generation_tokens_total")),
 )
 
 TGI = Profile(
@@ -241,13 +252,18 @@ TGI = Profile(
     gauges={"waiting": ("tgi_queue_size",), "running": ("tgi_batch_current_size",)},
     good=Rate(("tgi_request_success",)),
     every=Rate(("tgi_request_count",)),
+    tokens=Rate(("tgi_request_generated_tokens_sum",)),
 )
 
 TRITON = Profile(
     "Triton",
     # To the first answer, which is a token only where the model streams; off unless --metrics-config says so.
     latencies={"first token": Histogram({"nv_inference_first_response_histogram_ms": 0.001})},
-    gauges={"waiting": ("nv_inference_pending_request_count",)},
+    gauges={  # the TensorRT-LLM backend's own, else what Triton queues in front of any backend
+        "waiting": ('nv_trt_llm_request_metrics{request_type="waiting"}', "nv_inference_pending_request_count"),
+        "running": ('nv_trt_llm_request_metrics{request_type="active"}',),
+        "cache usage": ('nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="fraction"}',),
+    },
     good=Rate(("nv_inference_request_success",)),
     failed=Rate(("nv_inference_request_failure",)),
 )
@@ -293,6 +309,25 @@ INFERENCE_GATEWAY = Profile(
     },
 )
 
+ENVOY_AI_GATEWAY = Profile(
+    "Envoy AI Gateway",  # OpenTelemetry's names for generative AI, as its Prometheus exporter writes them
+    latencies={
+        "first token": Histogram({"gen_ai_server_time_to_first_token_seconds": 1}),
+        "inter-token": Histogram({"gen_ai_server_time_per_output_token_seconds": 1}),
+        "end to end": Histogram({"gen_ai_server_request_duration_seconds": 1}),
+    },
+    good=Rate(("gen_ai_server_request_duration_seconds_count",), 'error_type=""'),
+    every=Rate(("gen_ai_server_request_duration_seconds_count",)),
+    tokens=Rate(("gen_ai_client_token_usage_token_sum", "gen_ai_client_token_usage_sum"), 'gen_ai_token_type="output"'),
+)
+
+NGINX_INGRESS = Profile(
+    "ingress-nginx",
+    latencies={"end to end": Histogram({"nginx_ingress_controller_request_duration_seconds": 1})},
+    good=Rate(("nginx_ingress_controller_requests",), 'status!~"5..|499|429"'),
+    every=Rate(("nginx_ingress_controller_requests",)),
+)
+
 SANDBOX_GATEWAY = Profile(
     "gateway",
     latencies={
@@ -313,5 +348,7 @@ PROFILES: Mapping[str, Profile] = {
     "istio": ISTIO,
     "envoy": ENVOY,
     "inference-gateway": INFERENCE_GATEWAY,
+    "envoy-ai-gateway": ENVOY_AI_GATEWAY,
+    "ingress-nginx": NGINX_INGRESS,
     "sandbox-gateway": SANDBOX_GATEWAY,
 }

@@ -12,7 +12,20 @@ import yaml
 
 from gameday.errors import ExperimentError
 from gameday.objectives import Alerts, Promql, objective_from_json
-from probes.profiles import ENVOY, ISTIO, PROFILES, SGLANG, TENSORFLOW_SERVING, TGI, TRITON, VLLM, Metric, Profile
+from probes.profiles import (
+    ENVOY,
+    ENVOY_AI_GATEWAY,
+    ISTIO,
+    NGINX_INGRESS,
+    PROFILES,
+    SGLANG,
+    TENSORFLOW_SERVING,
+    TGI,
+    TRITON,
+    VLLM,
+    Metric,
+    Profile,
+)
 
 PROMTOOL = shutil.which("promtool")
 ASKS: tuple[Callable[[Profile], Metric], ...] = (
@@ -94,6 +107,36 @@ def test_older_names_are_found(tmp_path: Path) -> None:
     answers(tmp_path, VLLM.cache_usage(), {'vllm:kv_cache_usage_perc{pod="a"}': "0.5x12"}, 0.5)
     both = {'vllm:kv_cache_usage_perc{pod="a"}': "0.5x12", 'vllm:gpu_cache_usage_perc{pod="a"}': "0.25x12"}
     answers(tmp_path, VLLM.cache_usage(), both, 0.5)
+
+
+def test_sglang_is_found_by_a_colon_and_by_an_underscore(tmp_path: Path) -> None:
+    answers(tmp_path, SGLANG.waiting(), {'sglang:num_queue_reqs{pod="a"}': "3x12"}, 3)
+    answers(tmp_path, SGLANG.waiting(), {'sglang_num_queue_reqs{pod="a"}': "4x12"}, 4)
+
+
+def test_a_name_may_bring_its_own_matchers(tmp_path: Path) -> None:
+    series = {
+        'nv_trt_llm_request_metrics{request_type="waiting",namespace="llm"}': "5x12",
+        'nv_trt_llm_request_metrics{request_type="active",namespace="llm"}': "7x12",
+    }
+    answers(tmp_path, TRITON.waiting(selector='namespace="llm"'), series, 5)
+    answers(tmp_path, TRITON.running(), series, 7)
+    answers(tmp_path, TRITON.waiting(), {'nv_inference_pending_request_count{model="m"}': "2x12"}, 2)
+    assert 'request_type="waiting",namespace="llm"' in TRITON.waiting(selector='namespace="llm"').series[0]
+
+
+def test_gateways_count_their_failures(tmp_path: Path) -> None:
+    ai = {
+        "gen_ai_server_request_duration_seconds_count": "0+90x12",
+        'gen_ai_server_request_duration_seconds_count{error_type="_OTHER"}': "0+10x12",
+    }
+    answers(tmp_path, ENVOY_AI_GATEWAY.success(), ai, 0.9)
+    nginx = {
+        'nginx_ingress_controller_requests{status="200"}': "0+60x12",
+        'nginx_ingress_controller_requests{status="503"}': "0+30x12",
+        'nginx_ingress_controller_requests{status="499"}': "0+10x12",  # the client gave up: on us
+    }
+    answers(tmp_path, NGINX_INGRESS.success(), nginx, 0.6)
 
 
 def test_an_older_name_has_its_own_unit(tmp_path: Path) -> None:
