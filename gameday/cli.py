@@ -239,7 +239,10 @@ def judge(directory: Path) -> None:
     for one in _experiments(directory):
         timeline, objectives = record.load(one)
         judgement = judge_(timeline, objectives)
-        record.write_verdict(one, judgement)
+        path = one / "verdict.json"
+        was = path.read_bytes() if path.exists() else b""
+        if record.write_verdict(one, judgement).read_bytes() != was and was:
+            click.echo(f"gameday: {path} is not what the record comes to; it was written anew.", err=True)
         judged.append(judgement)
     if not (directory / "run.json").exists():  # a whole run: what could not begin has no record, and is no PASS
         judged += [e.judgement for e in verdicts.entries(directory) if not (e.dir / "run.json").exists()]

@@ -35,6 +35,7 @@ from reports.notify import Notify, tell
 
 OPENED = pytest.StashKey[arena_.Opened]()
 LIVE = pytest.StashKey[Live]()
+RAN = pytest.StashKey[set[str]]()  # names of this session's experiments: each has a directory
 JUDGED = pytest.StashKey[list[Judgement]]()  # of an item: empty until it ran; of the config: all
 
 
@@ -90,8 +91,10 @@ class Run:
                 with Uncaptured(self._item.config):
                     dry_run(arena, spec)
                 pytest.skip("dry run: manifests validated, nothing applied")
-            if (arena.root / spec.name).exists():
+            ran = self._item.config.stash.setdefault(RAN, set())
+            if spec.name in ran:
                 raise ExperimentError(f"Two experiments are called {spec.name}, whose records would mix: rename one.")
+            ran.add(spec.name)
             asked = arena.settings.trials
             while len(judged) < asked and not self._item.session.shouldstop:
                 judged.append(self._trial(arena, spec, len(judged) + 1))

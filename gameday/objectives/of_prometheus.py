@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +15,7 @@ from gameday.clock import Epoch
 from gameday.errors import ExperimentError
 from gameday.model import Finding, Phase, Sample, Timeline
 from gameday.objectives.base import FAIL, INCONCLUSIVE, PASS, Objective, check_seconds, objective, unseen, where
+from gameday.promql import age_of_all, age_of_any, selectors
 from gameday.recovery import fault_instant
 from gameday.units import Seconds, show_duration
 from gameday.windows import Window, window
@@ -24,7 +26,9 @@ from gameday.windows import Window, window
 class Promql(Objective):
     """Every sample of a query within its limit, over the whole phase. Exactly one of the limits is given.
 
-    `series`: plain selectors of the series behind the query (one of them exists); they are watched for being stale.
+    The series behind the query are watched for being stale, and must exist. They are found in the query; `series` names
+    them where that is not what is meant: plain selectors, of which one exists. `rate(errors[1m]) or vector(0)` is such
+    a query: a counter that was never raised cannot be told from one that is misspelt, `series=("requests",)` can.
     """
 
     query: str
@@ -47,12 +51,15 @@ class Promql(Objective):
 
     @property
     def age(self) -> str:
-        """The query for the age of the oldest of the series, seconds."""
-        return " or ".join(f"max(time() - timestamp({one}))" for one in self.series)
+        """The query for the age of the oldest of the series, seconds; "" where there are none (`time()`)."""
+        if self.series:
+            return age_of_any(self.series)
+        found = () if re.search(r"\babsent(_over_time)?\s*\(", self.query) else selectors(self.query)
+        return age_of_all(found) if found else ""
 
     def queries(self) -> tuple[tuple[str, str], ...]:
         name = self.name or self.query
-        return ((name, self.query), *(((f"age of {name}", self.age),) if self.series else ()))
+        return ((name, self.query), *(((f"age of {name}", self.age),) if self.age else ()))
 
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
         limit = self.at_most if self.at_most is not None else self.at_least
@@ -61,7 +68,7 @@ class Promql(Objective):
         usable = [s.value for s in found if s.value is not None and not _unusable(timeline, s)]
         broken = [v for v in usable if not self.keeps(v)]
         missing = "the phase has no window" if span is None else unsound(timeline, span, found)
-        old = stale(timeline, span, self.age) if self.series and span is not None else ""
+        old = stale(timeline, span, self.age) if self.age and span is not None else ""
         if old or (missing and not broken):  # a limit that was broken is broken, whatever else was not seen
             raw = f"{self.query} → {_answer(found[-1])}" if found else self.query
             why = f"{missing or old}; {raw}"

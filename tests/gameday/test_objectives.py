@@ -370,7 +370,12 @@ def sampled(values: dict[float, float | None], **more: object) -> Timeline:
     samples = [
         Sample(t, "up", "up", v, error if v is None else "", str(more.get("raw", ""))) for t, v in values.items()
     ]
-    return Plant(samples=samples).build()
+    return Plant(samples=[*samples, *fresh()]).build()
+
+
+def fresh(age: float = 0.2) -> list[Sample]:
+    """The age of the series behind `up`."""
+    return [Sample(80.6 + i, UP.age, "age of up", age) for i in range(80)]
 
 
 def every_second(value: float | None = 1.0, start: float = 80, end: float = 160) -> dict[float, float | None]:
@@ -417,19 +422,21 @@ def test_a_window_of_less_than_four_scrapes_is_inconclusive() -> None:
     assert during(UP, replace(run, about=replace(ABOUT, scrape_interval=15.0))).status is OPEN
 
 
-def test_stale_series_are_inconclusive() -> None:
-    asked = replace(UP, series=("up{job='llm'}",))
+@pytest.mark.parametrize("series", [(), ("up{job='llm'}",)])
+def test_stale_series_are_inconclusive(series: tuple[str, ...]) -> None:
+    asked = replace(UP, series=series)
     age = asked.queries()[1][1]
-    assert age == "max(time() - timestamp(up{job='llm'}))"
+    assert age == f"max(time() - timestamp({series[0] if series else 'up'}))"
 
-    def run(old: float) -> Timeline:
+    def run(old: float | None) -> Timeline:
         ages = [Sample(80.6 + i, age, "age", old if i > 30 else 0.2) for i in range(80)]
-        return replace(sampled(every_second()), samples=(*sampled(every_second()).samples, *ages))
+        plain = tuple(s for s in sampled(every_second()).samples if s.query == "up")
+        return replace(sampled(every_second()), samples=(*plain, *(ages if old is not None else ())))
 
     assert during(asked, run(0.5)).status is PASS
     assert during(asked, run(40.0)).status is OPEN
     assert "stale" in during(asked, run(40.0)).evidence
-    assert during(asked, sampled(every_second())).status is OPEN  # nobody looked at their age
+    assert during(asked, run(None)).status is OPEN  # nobody looked at their age
 
 
 @pytest.mark.parametrize("missing", [{}, {"error": "HTTP 500"}])
@@ -456,7 +463,7 @@ def test_clocks_that_differ_are_inconclusive(skew: float, wanted: Verdict) -> No
         Sample(t, "up", "up", 1.0, "", json.dumps([{"metric": {}, "value": [ABOUT.epoch_wall + t + skew, "1"]}]))
         for t in every_second()
     ]
-    found = during(UP, Plant(samples=samples))
+    found = during(UP, Plant(samples=[*samples, *fresh()]))
     assert found.status is wanted
     assert ("clock is" in found.evidence) == (wanted is OPEN)
 

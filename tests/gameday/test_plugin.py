@@ -194,6 +194,15 @@ def test_fewer_trials_than_were_asked_for_are_inconclusive(tmp_path: Path) -> No
 
 def test_two_experiments_of_one_name_are_refused(tmp_path: Path) -> None:
     """The second would have been recorded into the sealed directory of the first."""
-    (tmp_path / "nowhere" / "zone_outage").mkdir(parents=True)
-    done = pytest_of(tmp_path, "@pytest.mark.planned('PASS')\ndef test_zone_outage(experiment): run(experiment)")
-    assert done.returncode == 1 and "rename one" in done.stdout, done.stdout + done.stderr
+    tests = """
+class TestOne:
+    @pytest.mark.planned('PASS')
+    def test_zone_outage(self, experiment): run(experiment)
+
+class TestTwo:
+    @pytest.mark.planned('PASS')
+    def test_zone_outage(self, experiment): run(experiment)
+"""
+    done = pytest_of(tmp_path, tests)
+    assert done.returncode == 1 and "1 passed, 1 error" in done.stdout, done.stdout + done.stderr
+    assert "rename one" in done.stdout

@@ -102,6 +102,7 @@ def judged(answered: Sample) -> tuple[Verdict, str]:
 
     seconds = [BEFORE + i + 0.5 for i in range(int(END - BEFORE))]
     samples = [Sample(t, "up", "up", 1.0, told=told(t, 0)) for t in seconds if t != 110.5]
+    samples += [Sample(t, UP.age, "age", 0.2, told=told(t, 0)) for t in seconds]
     wrong = replace(answered, t=110.5, told=None if answered.told is None else told(110.5, late))
     found = UP.judge(Plant(samples=[*samples, wrong]).build(), Phase.DURING)
     return found.status, found.evidence

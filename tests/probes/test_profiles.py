@@ -188,6 +188,15 @@ def test_the_age_of_stale_series_shows(tmp_path: Path) -> None:
     answers(tmp_path, metric, {}, None, age)
 
 
+def test_the_age_of_all_series_of_a_query(tmp_path: Path) -> None:
+    asked = Promql('sum(rate(good{job="x"}[1m])) / sum(rate(total[1m]))', at_least=0.9)
+    age = asked.queries()[1][1]
+    fresh, old = {'good{job="x",pod="a"}': "0+9x12"}, {'total{job="x",pod="a"}': "0+10x6"}
+    answers(tmp_path, VLLM.waiting(), fresh, 0, age)
+    answers(tmp_path, VLLM.waiting(), fresh | old, 60, age)
+    answers(tmp_path, VLLM.waiting(), {"other": "0+10x6"}, None, age)
+
+
 def test_an_alert_that_is_not_active_is_zero_and_not_missing(tmp_path: Path) -> None:
     query = Alerts("ServiceDown", within=60.0).query
     firing = {'ALERTS{alertname="ServiceDown",alertstate="firing",pod="a"}': "1x12"}

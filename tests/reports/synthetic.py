@@ -87,13 +87,14 @@ FAULT = FaultFacts(
         "Emulated: the nodes' machines go on running; GPUs are fake devices.",
     ),
 )
+UP = Promql("sum(up{job='engine'})", at_least=1, name="engines up")
 OBJECTIVES = Objectives(
     before=(Success(at_least=0.99), FirstToken(p95=1.0)),
     during=(
         Success(at_least=0.95),
         FirstToken(p95=1.5),
         UnbrokenStreams(except_on="targets"),
-        Promql("sum(up{job='engine'})", at_least=1, name="engines up"),
+        UP,
     ),
     after=(Recovers(within=20.0, hold=10.0, at_least=0.98), NothingLeftBehind()),
 )
@@ -238,6 +239,7 @@ def timeline(*, seed: int = 7419, evil: bool = False) -> Timeline:
     seen = list(replies(seed, text))
     happened = [*events(text), *_load(seen)]
     samples = [_sample(START + i, 6.0 if i < 32 else 4.0) for i in range(100)]
+    samples += [Sample(START + i, UP.age, f"age of {UP.name}", 0.4) for i in range(100)]
     samples += [Sample(START + i, "ALERTS", "alert EngineDown", float(36 <= i < 50)) for i in range(100)]
     if evil:
         happened += [
@@ -246,7 +248,8 @@ def timeline(*, seed: int = 7419, evil: bool = False) -> Timeline:
             KubeEvent(F, "Warning", text, text, text),
         ]
         seen[100] = replace(seen[100], pod=text, zone=text, cls=text)
-        samples = [replace(s, raw=text, error="") for s in samples]
+        wall = ABOUT.epoch_wall - ABOUT.epoch_mono
+        samples = [replace(s, raw=text, error="", told=wall + s.t) for s in samples]
     return record.timeline(about, fault, seen, samples, happened)
 
 
@@ -290,7 +293,7 @@ def _sample(t: float, value: float) -> Sample:
     """As Prometheus answers: the instant in Unix seconds, the value as a string."""
     wall = ABOUT.epoch_wall + t - ABOUT.epoch_mono
     raw = f'[{{"metric": {{}}, "value": [{wall:.3f}, "{value:g}"]}}]'
-    return Sample(t, "sum(up{job='engine'})", "engines up", value, raw=raw, told=wall)
+    return Sample(t, "sum(up{job='engine'})", "engines up", value, raw=raw)
 
 
 def _load(seen: list[Reply]) -> Iterator[Event]:

@@ -1,0 +1,79 @@
+"""`gameday judge DIR`: the same bytes again, offline; what was edited or cut short is refused with the place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from planted import FAULT, HARM, Plant, between
+from test_record import ASKED, write
+
+from gameday import record
+from gameday.judge import judge
+from gameday.model import Verdict
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> Path:
+    """A run that failed (its steady state was not sound), sealed and judged as the harness leaves it."""
+    run = Plant(between(HARM + 0.2, HARM + 2), poisson=10, fault=FAULT).build()
+    directory = write(tmp_path / "run-1" / "zone_outage", run)
+    record.seal(directory)
+    record.write_verdict(directory, judge(*record.load(directory)))
+    return directory
+
+
+def gameday(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    line = [sys.executable, "-m", "gameday.cli", *map(str, command)]
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_same_bytes_again(judged: Path) -> None:
+    before = (judged / "verdict.json").read_bytes()
+    done = gameday("judge", judged.parent)
+    verdict = record.read_verdict(judged).verdict
+    assert done.returncode == (0 if verdict is Verdict.PASS else 1), done.stderr
+    assert verdict.value in done.stdout and "zone_outage" in done.stdout
+    assert done.stderr == ""
+    assert (judged / "verdict.json").read_bytes() == before
+
+
+def test_a_verdict_that_was_edited_is_told_and_written_anew(judged: Path) -> None:
+    path = judged / "verdict.json"
+    before = path.read_bytes()
+    path.write_bytes(before.replace(b'"samples": 1', b'"samples": 9', 1))
+    done = gameday("judge", judged)
+    assert "is not what the record comes to" in done.stderr and str(path) in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_an_edited_reply_is_refused_with_the_place(judged: Path) -> None:
+    path = judged / "replies.0.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"refused"', b'"ok"', 1))
+    done = gameday("judge", judged)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert str(path) in done.stderr and "changed after" in done.stderr
+
+
+def test_a_truncated_file_is_refused_with_the_place(judged: Path) -> None:
+    path = judged / "events.jsonl"
+    path.write_bytes(path.read_bytes()[:-100])
+    done = gameday("judge", judged.parent)
+    assert done.returncode == 2 and str(path) in done.stderr and "bytes" in done.stderr
+
+
+def test_a_run_that_was_never_sealed_is_refused(judged: Path) -> None:
+    (judged / "seal.json").unlink()
+    done = gameday("judge", judged)
+    assert done.returncode == 2 and "did not end properly" in done.stderr
+
+
+def test_objectives_recorded_are_those_that_are_judged(judged: Path) -> None:
+    _, objectives = record.load(judged)
+    assert objectives == ASKED
