@@ -52,6 +52,7 @@ _PRELOAD = (
     "sandbox.controllers",
     "sandbox.node.machine",
     "sandbox.chaos.daemon",
+    "sandbox.chaos.shaper",
     "sandbox.images.engine",
     "sandbox.images.gateway",
     "sandbox.images.npd",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -202,11 +202,16 @@ def _every_container(pod: Obj) -> list[tuple[str, Obj]]:
     return [(part, container) for part in parts for container in pod["spec"].get(part) or ()]
 
 
-class Partition:
-    """Drop rules in the network namespaces of both sides, by way of PodNetworkChaos and the nodes' daemons."""
+Entries = Callable[[str, Spec, Mapping[str, Sequence[str]], Mapping[str, str], str], Obj]
 
-    one_shot = False
-    containers = False
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Rules in the network namespaces of pods, by way of PodNetworkChaos and the nodes' daemons."""
+
+    entries: Entries  # what has to be done to one pod: `podnetwork.partition` or `.control`
+    one_shot: bool = False
+    containers: bool = False
 
     async def apply(self, run: Experiment, record: Record) -> str:
         if record.phase == APPLYING:
@@ -221,9 +226,11 @@ class Partition:
             if address := (await run.pod(other)).get("status", {}).get("podIP"):
                 addresses[other.id] = address
         try:
-            entries = podnetwork.partition(run.source, run.spec, ids, addresses, record.id)
+            entries = self.entries(run.source, run.spec, ids, addresses, record.id)
         except podnetwork.BadTarget as bad:
             raise CannotAct(str(bad)) from bad
+        if not entries:
+            return INJECTED  # the other side's traffic is controlled, not this one's
         await self._commit(run, record, pod, entries)
         return APPLYING
 
@@ -312,7 +319,5 @@ def action(kind: str, spec: Spec) -> Action:
     if kind == "PodChaos":
         return _POD_ACTIONS[spec["action"]]
     if kind == "NetworkChaos":
-        if spec["action"] == "partition":
-            return Partition()
-        return Refused(f"the sandbox does not support NetworkChaos {spec['action']}: its kernel has no netem")
+        return Network(podnetwork.partition if spec["action"] == "partition" else podnetwork.control)
     return _REFUSED[kind]

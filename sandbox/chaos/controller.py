@@ -330,7 +330,7 @@ class Controller:
             await self._patch(worker, {"metadata": {"finalizers": []}})
 
 
-def refusal(kind: str, spec: Mapping[str, Any]) -> str | None:
+def refusal(kind: str, spec: Mapping[str, Any]) -> str | None:  # noqa: PLR0911 – a list of reasons
     """Why Chaos Mesh's webhook would refuse `spec`, or why the sandbox must. Partitions are not validated."""
     if spec.get("remoteCluster"):
         return "the sandbox has no remote clusters"
@@ -340,10 +340,22 @@ def refusal(kind: str, spec: Mapping[str, Any]) -> str | None:
         return "the spec is invalid: missing stressors"
     if kind == "TimeChaos" or spec.get("action") == "partition":
         return None
+    if kind == NETWORKCHAOS.kind and (wrong := _misdirected(spec)):
+        return wrong
     try:
         gotime.seconds(spec.get("duration") or "0")
     except ValueError as wrong:
         return f"the spec is invalid: {wrong}"
+    return None
+
+
+def _misdirected(spec: Mapping[str, Any]) -> str | None:
+    if spec.get("direction", "to") == "to":
+        return None
+    if not spec.get("target"):
+        return "the spec is invalid: the directions from and both need a target, unless the action is partition"
+    if spec.get("externalTargets"):
+        return "the spec is invalid: external targets go with the direction to only, unless the action is partition"
     return None
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import aiohttp
 
-from sandbox.chaos import nft, rules
+from sandbox.chaos import nft, rules, traffic
+from sandbox.chaos.shaping import CannotShape, Launch, Shaping
 from sandbox.client import PODNETWORKCHAOS, PODS, Api, ApiError, EventType, Informer, Obj
 
 log = logging.getLogger(__name__)
@@ -22,18 +23,18 @@ class _Failed(Exception):
     """Not realised; the text becomes `failedMessage`."""
 
 
-async def run(api: Api, node_name: str, netns_of: Callable[[str], int | None]) -> None:
+async def run(api: Api, node_name: str, netns_of: Callable[[str], int | None], launch: Launch) -> None:
     """Serve the pods of `node_name` until cancelled.
 
     `netns_of(pod_uid)` gives an open descriptor of the pod's network namespace (which stays the caller's), or None
-    when the pod has none. Waits for the definitions of Chaos Mesh to be installed.
+    when the pod has none; `launch` starts a traffic shaper in one. Waits for the definitions of Chaos Mesh to be there.
     """
-    await Daemon(api, node_name, netns_of).run()
+    await Daemon(api, node_name, netns_of, launch).run()
 
 
 class Daemon:
-    def __init__(self, api: Api, node_name: str, netns_of: Callable[[str], int | None]) -> None:
-        self._api, self._netns_of = api, netns_of
+    def __init__(self, api: Api, node_name: str, netns_of: Callable[[str], int | None], launch: Launch) -> None:
+        self._api, self._netns_of, self._launch = api, netns_of, launch
         on_event = self._on_event
         self._pods = Informer(api, PODS, fields=f"spec.nodeName={node_name}", on_event=on_event)
         self._chaos = Informer(api, PODNETWORKCHAOS, on_event=on_event)
@@ -55,8 +56,14 @@ class Daemon:
             self._tasks.create_task(self._serve(key))
 
     async def _serve(self, key: Key) -> None:
-        """Keep one pod's table as its PodNetworkChaos says, until either is gone."""
-        changed = self._dirty[key]
+        """Keep one pod's rules as its PodNetworkChaos says, until either is gone."""
+        shaping = Shaping(self._launch, self._dirty[key].set)
+        try:
+            await self._keep(key, self._dirty[key], shaping)
+        finally:
+            await shaping.end()
+
+    async def _keep(self, key: Key, changed: asyncio.Event, shaping: Shaping) -> None:
         applied: tuple[str, str, int] | None = None  # pod, PodNetworkChaos and generation that are realised
         delay = RETRY_FIRST
         while True:
@@ -66,7 +73,7 @@ class Daemon:
                 del self._dirty[key]
                 return
             wanted = pod["metadata"]["uid"], chaos["metadata"]["uid"], chaos["metadata"]["generation"]
-            ok = wanted == applied or await self._realise(pod, chaos)
+            ok = (wanted == applied and shaping.sound) or await self._realise(pod, chaos, shaping)
             applied, delay = (wanted, RETRY_FIRST) if ok else (None, min(delay * 2, RETRY_MAX))
             try:
                 async with asyncio.timeout(None if ok else delay):
@@ -74,10 +81,10 @@ class Daemon:
             except TimeoutError:
                 continue
 
-    async def _realise(self, pod: Obj, chaos: Obj) -> bool:
+    async def _realise(self, pod: Obj, chaos: Obj, shaping: Shaping) -> bool:
         failure = ""
         try:
-            await self._apply(pod, chaos)
+            await self._apply(pod, chaos, shaping)
         except _Failed as failed:
             failure = str(failed)
         status = {"observedGeneration": chaos["metadata"]["generation"], "failedMessage": failure}
@@ -91,7 +98,7 @@ class Daemon:
             return False
         return not failure
 
-    async def _apply(self, pod: Obj, chaos: Obj) -> None:
+    async def _apply(self, pod: Obj, chaos: Obj, shaping: Shaping) -> None:
         meta = pod["metadata"]
         where = f"{meta['namespace']}/{meta['name']}"
         if pod["spec"].get("hostNetwork"):
@@ -103,6 +110,11 @@ class Daemon:
         if netns is None:
             raise _Failed(f"pod {where} has no network namespace on this node")
         try:
-            await nft.apply(netns, rules.script(chaos.get("spec") or {}))
-        except (rules.Unsupported, nft.NftFailed) as failed:
+            spec = chaos.get("spec") or {}
+            controlled = traffic.rules(spec)
+            if strange := controlled.keys() - {rules.DEVICE}:
+                raise _Failed(f"pods have {rules.DEVICE} only, not {', '.join(sorted(strange))}")
+            await nft.apply(netns, rules.script(spec))
+            await shaping.realise(netns, controlled.get(rules.DEVICE, []))
+        except (rules.Unsupported, traffic.Unsupported, nft.NftFailed, CannotShape) as failed:
             raise _Failed(str(failed)) from failed

@@ -34,7 +34,7 @@ async def apply(fd: int, script: str) -> None:
         error: Exception | None = None
         try:
             linux.setns(own, linux.CLONE_NEWNET)
-            _run(script)
+            run(script)
         except (OSError, NftFailed) as failure:
             error = failure if isinstance(failure, NftFailed) else NftFailed(str(failure))
         finally:
@@ -64,7 +64,8 @@ def _library() -> ctypes.CDLL | None:
 _one_at_a_time = threading.Lock()  # libnftables does not promise that its parser may run twice at once
 
 
-def _run(script: str) -> None:
+def run(script: str) -> None:
+    """Run nft commands in the namespace of the calling thread. Raises `NftFailed`."""
     lib = _library()
     if lib is None:
         done = subprocess.run(["nft", "-f", "-"], input=script, capture_output=True, text=True, check=False)

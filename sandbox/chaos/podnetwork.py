@@ -18,6 +18,7 @@ Spec = Mapping[str, Any]
 Direction = Literal["input", "output"]
 NET, NET_PORT, SET = "hash:net", "hash:net,port", "list:set"
 LISTS = ("ipsets", "iptables", "tcs")
+PARAMETERS = ("delay", "loss", "duplicate", "corrupt", "rate", "bandwidth")
 
 
 class BadTarget(Exception):
@@ -58,6 +59,35 @@ def partition(source: str, spec: Spec, ids: Mapping[str, Sequence[str]], address
         if direction in ("to", "both"):
             drop("input", sources, (), "src", spec.get("targetDevice"))
     return {"ipsets": ipsets, "iptables": iptables}
+
+
+def control(source: str, spec: Spec, ids: Mapping[str, Sequence[str]], addresses: Mapping[str, str], pod: str) -> Obj:
+    """The entries of any other NetworkChaos for the pod with record id `pod`; empty where nothing is done on it.
+
+    Traffic is controlled where it leaves: at the source towards the targets ("to"), at the targets towards the source
+    ("from"). With no target and no `externalTargets` there is no filter: everything that leaves the source.
+    """
+    direction, name = spec.get("direction", "to"), source.partition("/")[2]
+    kind = "bandwidth" if spec["action"] == "bandwidth" else "netem"
+    ipsets: list[Obj] = []
+    tcs: list[Obj] = []
+
+    def leaving(peers: Sequence[str], external: Sequence[str], postfix: str, device: str | None) -> None:
+        tc: Obj = {"type": kind, "source": source, **{part: spec[part] for part in PARAMETERS if spec.get(part)}}
+        if device:
+            tc["device"] = device
+        if peers or external:
+            sets = _sets(name, source, [addresses[peer] for peer in peers if peer in addresses], external, postfix)
+            ipsets.extend(sets)
+            tc["ipset"] = sets[-1]["name"]
+        tcs.append(tc)
+
+    if pod in ids.get(".", ()) and direction in ("to", "both"):
+        external = list(spec.get("externalTargets") or ())
+        leaving(ids.get(".Target", ()), external, f"{kind[:2]}tgt", spec.get("device"))
+    if pod in ids.get(".Target", ()) and direction in ("from", "both"):
+        leaving(ids.get(".", ()), (), f"{kind[:2]}src", spec.get("targetDevice"))
+    return {"ipsets": ipsets, "tcs": tcs} if tcs else {}
 
 
 def replaced(spec: Spec, source: str, entries: Spec) -> Obj:

@@ -30,8 +30,6 @@ def script(spec: Mapping[str, Any]) -> str:
 
     Raises `Unsupported`.
     """
-    if tcs := spec.get("tcs"):
-        raise Unsupported(f"traffic control {tcs[0].get('type')!r} is not supported by the sandbox")
     rules = spec.get("iptables") or []
     if not rules:
         return _REMOVE

@@ -21,6 +21,7 @@ import uvloop
 from aiohttp import web
 
 from sandbox.chaos import daemon
+from sandbox.chaos.shaping import CannotShape
 from sandbox.client import LEASES, NODES, PODS, ApiError, EventType, HttpApi, Informer, Obj
 from sandbox.node import exec as exec_, images, kernel_log, logs, network, node_status, services, usage
 from sandbox.node.cgroups import Group
@@ -93,6 +94,23 @@ class Gpus:
         self.taken = {device: owner for device, owner in self.taken.items() if owner != uid}
 
 
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """A process of the machine's own."""
+
+    zygote: ZygoteClient
+    id: str
+
+    async def wait(self) -> int:
+        return await self.zygote.exited(self.id)
+
+    def terminate(self) -> None:
+        self.zygote.kill(self.id, signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.zygote.kill(self.id, signal.SIGKILL)
+
+
 class Agent:
     """One machine's kubelet, inside its asyncio loop."""
 
@@ -112,6 +130,7 @@ class Agent:
         self.proxy = services.Proxy(api)
         self._pods: dict[str, Pod] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._shapers = 0
 
     # — what its pods ask of it —
 
@@ -133,6 +152,23 @@ class Agent:
                 await asyncio.sleep(0.05)
 
         self._spawn(insist())
+
+    async def shape(self, netns: int, argv: Sequence[str], out: int) -> Spawned:
+        """Start a traffic shaper in a network namespace; it reports on `out`."""
+        self._shapers += 1
+        order = Spawn(
+            id=f"shaper/{self._shapers}",
+            title="chaos shaper",
+            call="sandbox.chaos.shaper:main",
+            argv=tuple(argv),
+            env={"PATH": os.environ.get("PATH", os.defpath)},
+            netns=True,
+        )
+        try:
+            await self.zygote.spawn(order, out, 2, netns)
+        except StartError as failed:
+            raise CannotShape(str(failed)) from failed
+        return Spawned(self.zygote, order.id)
 
     def release(self, pod: Pod) -> None:
         self.gpus.release(pod.uid)
@@ -339,7 +375,7 @@ class Agent:
         self._spawn(self.keep_lease())
         self._spawn(self.keep_status())
         self._spawn(kernel_log.run(self.place, self.name))
-        self._spawn(daemon.run(self.api, self.name, self.netns_of))
+        self._spawn(daemon.run(self.api, self.name, self.netns_of, self.shape))
         await self.zygote.lost.wait()
 
 

@@ -29,6 +29,7 @@ MS_REC = 16384
 MS_PRIVATE = 1 << 18
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_TIMERSLACK = 29
 _PR_SET_CHILD_SUBREAPER = 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -70,6 +71,16 @@ def oom_score_adj(score: int) -> None:
     CAP_SYS_RESOURCE it cannot be lowered."""
     with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as file:  # noqa: PTH123
         file.write(str(score))
+
+
+def precise_timers() -> None:
+    """Wake this thread when it asks to be woken, not up to 50 µs later."""
+    _check(_libc.prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0), "prctl(PR_SET_TIMERSLACK)")
+
+
+def address_of(buffer: bytearray) -> int:
+    """Where a buffer lies, for an ioctl that is given a pointer; the buffer must outlive the call."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def sethostname(name: str) -> None:

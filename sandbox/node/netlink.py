@@ -94,6 +94,12 @@ class Netlink:
             body += _attr(_IFLA_MASTER, struct.pack("=I", socket.if_nametoindex(master)))
         self._ask(_NEWLINK, body + _attr(_IFLA_LINKINFO | _NLA_NESTED, info), _CREATE | _EXCL)
 
+    def pair(self, name: str, peer: str) -> None:
+        """Both ends of a veth pair here, down."""
+        other = _link() + _name(peer)
+        info = _attr(_INFO_KIND, b"veth") + _attr(_INFO_DATA | _NLA_NESTED, _attr(_VETH_PEER | _NLA_NESTED, other))
+        self._ask(_NEWLINK, _link() + _name(name) + _attr(_IFLA_LINKINFO | _NLA_NESTED, info), _CREATE | _EXCL)
+
     def delete(self, name: str) -> None:
         """Remove a link; one that is not there is fine (it goes with its peer's namespace)."""
         try:

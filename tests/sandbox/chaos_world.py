@@ -7,9 +7,10 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -272,10 +273,18 @@ def _move(made: Net, link: str, fd: int) -> None:
         holder.wait()
 
 
+async def launch(netns: int, argv: Sequence[str], out: int) -> asyncio.subprocess.Process:
+    """A traffic shaper in a network namespace, as a node agent starts one."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sandbox.chaos.shaper", *argv,
+        stdout=out, preexec_fn=lambda: linux.setns(netns, linux.CLONE_NEWNET),
+    )  # fmt: skip
+
+
 @contextlib.asynccontextmanager
 async def node(one: World, made: Net, name: str = "n1") -> AsyncIterator[None]:
     """The chaos daemon of a node."""
-    task = asyncio.create_task(daemon.run(one.api, name, made.uids.get))
+    task = asyncio.create_task(daemon.run(one.api, name, made.uids.get, launch))
     try:
         yield
     finally:
