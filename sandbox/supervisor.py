@@ -53,6 +53,7 @@ _PRELOAD = (
     "sandbox.node.machine",
     "sandbox.chaos.daemon",
     "sandbox.chaos.shaper",
+    "sandbox.chaos.stress",
     "sandbox.images.engine",
     "sandbox.images.gateway",
     "sandbox.images.npd",

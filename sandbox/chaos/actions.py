@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sandbox.chaos import podnetwork
-from sandbox.chaos.records import APPLYING, INJECTED, NOT_INJECTED, RECOVERING, Record
+from sandbox.chaos.records import APPLYING, INJECTED, NOT_INJECTED, RECOVERING, Record, now
 from sandbox.client import PODNETWORKCHAOS, PODS, Api, ApiError, Informer, Obj
 
 PAUSE_IMAGE = "gcr.io/google-containers/pause:latest"
@@ -22,6 +22,14 @@ KILL_ANNOTATION = "sandbox.gameday.dev/kill-containers"  # obeyed by the node ag
 ACK_SECONDS = 5.0  # a chaos daemon that has not answered for this long is reported as unreachable
 
 Spec = Mapping[str, Any]
+
+
+class Daemons(Protocol):
+    """The chaos daemons of the nodes, called directly."""
+
+    async def call(self, method: str, host: str, path: str, body: Obj | None = None) -> Obj:
+        """Raises `CannotAct` with the daemon's refusal, or that it does not answer."""
+        ...
 
 
 class CannotAct(Exception):
@@ -37,7 +45,8 @@ class Experiment:
     records: list[Record]
     podnetworks: Informer
     committed: dict[str, float]  # record id → when its PodNetworkChaos was last written (monotonic seconds)
-    instances: dict[str, int] = field(default_factory=dict)  # record id → the generation to wait for
+    daemons: Daemons
+    instances: dict[str, Any] = field(default_factory=dict)  # record id → the generation to wait for, or a stressor
     _pods: dict[str, Obj] | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -299,13 +308,44 @@ class Network:
         return found if spec == found.get("spec") else await api.update(PODNETWORKCHAOS, {**found, "spec": spec})
 
 
+class Stress:
+    """Load on CPU and memory inside containers, made by the chaos daemon of their node."""
+
+    one_shot = False
+    containers = True
+
+    async def apply(self, run: Experiment, record: Record) -> str:
+        pod = await run.pod(record)
+        await run.daemons.call("POST", self._host(pod), self._path(run, record), dict(run.spec))
+        run.instances[record.id] = {"uid": self._path(run, record), "startTime": now()}
+        return INJECTED
+
+    async def recover(self, run: Experiment, record: Record) -> str:
+        pod = (await run.pods()).get("/".join(record.pod))
+        if pod is not None:
+            await run.daemons.call("DELETE", self._host(pod), self._path(run, record))
+        run.instances[record.id] = None
+        return NOT_INJECTED
+
+    @staticmethod
+    def _path(run: Experiment, record: Record) -> str:
+        """The same at every try, so that none is started twice."""
+        return f"/stress/{run.object['metadata']['uid']}/{record.id}"
+
+    @staticmethod
+    def _host(pod: Obj) -> str:
+        host: str = (pod.get("status") or {}).get("hostIP") or ""
+        if not host:
+            raise CannotAct(f"pod {pod['metadata']['name']} is on no node yet")
+        return host
+
+
 _POD_ACTIONS: dict[str, Action] = {
     "pod-kill": PodKill(),
     "pod-failure": PodFailure(),
     "container-kill": ContainerKill(),
 }
 _REFUSED = {
-    "StressChaos": Refused("the sandbox has no stressors", containers=True),
     "IOChaos": Refused("the sandbox cannot hook into file systems: it has no FUSE", containers=True),
     "DNSChaos": Refused("the sandbox has no chaos-dns-server", containers=True),
     "HTTPChaos": Refused("the sandbox has no HTTP tampering proxy"),
@@ -320,4 +360,4 @@ def action(kind: str, spec: Spec) -> Action:
         return _POD_ACTIONS[spec["action"]]
     if kind == "NetworkChaos":
         return Network(podnetwork.partition if spec["action"] == "partition" else podnetwork.control)
-    return _REFUSED[kind]
+    return Stress() if kind == "StressChaos" else _REFUSED[kind]

@@ -26,6 +26,7 @@ import yaml
 
 from sandbox.chaos import gotime
 from sandbox.chaos.actions import ACK_SECONDS, Action, CannotAct, Experiment, action
+from sandbox.chaos.calls import HttpDaemons
 from sandbox.chaos.events import Recorder
 from sandbox.chaos.records import (
     APPLYING,
@@ -145,6 +146,7 @@ class Worker:
 class Controller:
     def __init__(self, api: Api, rng: random.Random | None = None) -> None:
         self._api = api
+        self._daemons = HttpDaemons()
         self._rng = rng or random.Random()  # noqa: S311  # which pod dies is no secret
         self._recorder = Recorder(api)
         self._podnetworks = Informer(api, PODNETWORKCHAOS, on_event=self._on_podnetwork)
@@ -208,7 +210,7 @@ class Controller:
         act = action(kind.kind, obj["spec"])
         obj, left = await self._desired_phase(worker, obj, act)
         obj = await self._conditions(worker, obj)
-        run = Experiment(self._api, obj, _records(obj), self._podnetworks, worker.committed)
+        run = Experiment(self._api, obj, _records(obj), self._podnetworks, worker.committed, self._daemons)
         run.instances = dict(obj["status"].get("instances") or {})
         failed = await self._step(worker, run, act)
         if failed:

@@ -62,7 +62,7 @@ class Shaping:
             raise
         finally:
             os.close(write)
-        said = await _line(read)
+        said = await line_of(read)
         if said != "ready":
             process.kill()
             await process.wait()
@@ -92,8 +92,8 @@ class Shaping:
             await process.wait()
 
 
-async def _line(fd: int) -> str:
-    """The first line of what a process says; closes the descriptor."""
+async def line_of(fd: int) -> str:
+    """The first line of what a process says, "" when it says nothing in time; closes the descriptor."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb"))

@@ -20,7 +20,7 @@ import orjson
 import uvloop
 from aiohttp import web
 
-from sandbox.chaos import daemon
+from sandbox.chaos import calls, daemon
 from sandbox.chaos.shaping import CannotShape
 from sandbox.client import LEASES, NODES, PODS, ApiError, EventType, HttpApi, Informer, Obj
 from sandbox.node import exec as exec_, images, kernel_log, logs, network, node_status, services, usage
@@ -31,6 +31,7 @@ from sandbox.node.network import API_URL, KUBELET_PORT, PodNetworks
 from sandbox.node.pod import GPU, Pod
 from sandbox.node.probes import Outcome
 from sandbox.node.status import now
+from sandbox.node.stressors import Stressors
 from sandbox.node.volumes import Place
 from sandbox.node.zygote import Spawn, StartError, ZygoteClient
 from sandbox.options import Clocks
@@ -363,6 +364,9 @@ class Agent:
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
         await runner.setup()
         await web.TCPSite(runner, self.address, KUBELET_PORT, ssl_context=_serving(self.machine)).start()
+        stressors = web.AppRunner(Stressors(self.zygote, self._container).app(), access_log=None, shutdown_timeout=0)
+        await stressors.setup()
+        await web.TCPSite(stressors, self.address, calls.PORT).start()
         self.zygote.start()
         await self.register()
         self._spawn(self.proxy.run())

@@ -249,11 +249,11 @@ def test_failures_are_retried_with_back_off() -> None:
 
         found = await one.until("four failures", four)
         assert time.monotonic() - start >= 0.3, "the first passes follow their own changes, then 0.4 s of back-off"
-        assert {event["message"] for event in records(found)[0]["events"]} == {"the sandbox has no stressors"}
+        assert {event["message"] for event in records(found)[0]["events"]} == {"pod a is on no node yet"}
         assert records(found)[0]["phase"] == "Not Injected"
         assert desired_phase(found) == "Run"
         assert condition_of(found, "AllInjected") == "False"
-        await one.told("stress", "Failed to apply chaos: the sandbox has no stressors")
+        await one.told("stress", "Failed to apply chaos: pod a is on no node yet")
         await one.delete(STRESSCHAOS, "stress")
 
     play(test)

@@ -11,7 +11,8 @@ import pytest
 from chaos_world import NS, Net, World, net, node, play, records
 
 from sandbox.chaos import rules
-from sandbox.client import NETWORKCHAOS, PODNETWORKCHAOS, PODS
+from sandbox.chaos.controller import CLEAN_FINALIZER, FINALIZER
+from sandbox.client import NETWORKCHAOS, PODNETWORKCHAOS, PODS, Obj
 
 ADDRESSES = {"a": "10.9.0.2", "b": "10.9.0.3", "c": "10.9.0.4"}
 
@@ -226,6 +227,50 @@ def test_daemon_that_does_not_answer_is_reported() -> None:
         await one.partition("cut", "a", None, "to")
         found = await one.noted(NETWORKCHAOS, "cut", "the chaos daemon on node dead does not answer")
         assert records(found)[0]["phase"] == "Not Injected/Wait"
+
+    play(main)
+
+
+def test_a_cut_outlives_a_dead_daemon_and_cannot_be_deleted_until_it_is_back() -> None:
+    """The object is stuck by its finalizer, with Failed/Recover records; force does not help (facts/chaos-mesh.md)."""
+
+    async def main(one: World) -> None:
+        with net(**ADDRESSES) as made:
+            for name, address in ADDRESSES.items():
+                pod = await one.pod(name, ip=address)
+                made.uids[pod["metadata"]["uid"]] = made.fds[name]
+            async with node(one, made):
+                await one.partition("cut", "a", "b", "to")
+                await one.injected(NETWORKCHAOS, "cut")
+            await one.api.delete(NETWORKCHAOS, "cut", NS)
+            await one.noted(NETWORKCHAOS, "cut", "the chaos daemon on node n1 does not answer")
+            force = {"metadata": {"annotations": {CLEAN_FINALIZER: "forced"}}}
+            before = records(await one.api.patch(NETWORKCHAOS, "cut", force, NS))
+
+            async def again() -> Obj | None:
+                now = await one.api.get(NETWORKCHAOS, "cut", NS)
+                return now if len(records(now)[0]["events"]) > len(before[0]["events"]) else None
+
+            found = await one.until("it fails again", again)
+            assert {record["phase"] for record in records(found)} == {"Injected/Wait"}
+            assert any(event["operation"] == "Recover" for event in records(found)[0]["events"])
+            assert found["metadata"]["finalizers"] == [FINALIZER] and not made.udp("a", "b", ADDRESSES["b"])
+            async with node(one, made):
+                await one.gone(NETWORKCHAOS, "cut")
+                assert made.udp("a", "b", ADDRESSES["b"])
+
+    play(main)
+
+
+def test_a_stuck_object_goes_when_its_finalizers_are_taken_away() -> None:
+    async def main(one: World) -> None:
+        await one.pod("a", ip="10.9.0.2", node="dead")
+        await one.partition("cut", "a", None, "to")
+        await one.noted(NETWORKCHAOS, "cut", "does not answer")
+        await one.api.delete(NETWORKCHAOS, "cut", NS)
+        assert (await one.api.get(NETWORKCHAOS, "cut", NS))["metadata"]["finalizers"] == [FINALIZER]
+        await one.api.patch(NETWORKCHAOS, "cut", {"metadata": {"finalizers": []}}, NS)
+        await one.gone(NETWORKCHAOS, "cut")
 
     play(main)
 
