@@ -342,7 +342,10 @@ def run(
         )
         shares = workers + len(remote)
         account = _lead(load, plan, shares, out, signals, say, every, about={"target": target, "model": model})
-    (out / "account.json").write_text(json.dumps(account.to_json(), indent=1) + "\n", encoding="utf-8")
+    try:
+        (out / "account.json").write_text(json.dumps(account.to_json(), indent=1) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise LoadError(f"the account cannot be written to {out}: {e.strerror or e}") from e
     return account
 
 

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gameday.errors import LoadError
 from gameday.units import Seconds
@@ -111,6 +111,21 @@ class Spike:
 
 Change = Ramp | Spike
 
+_PLANNED = {"model", "messages", "prompt", "max_tokens", "stream", "stream_options"}
+
+
+def _check_extra(who: str, extra: str) -> None:
+    """What goes into every body as well must be an object, and leave alone what the plan says."""
+    if not extra:
+        return
+    try:
+        data = json.loads(extra)
+    except ValueError:
+        data = None
+    _need(isinstance(data, dict), f"{who}: extra is not a JSON object: {extra[:60]!r}")
+    taken = sorted(_PLANNED & set(data))
+    _need(not taken, f"{who}: extra must not say {', '.join(taken)}: the plan does")
+
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
@@ -178,12 +193,7 @@ class Stream:
         _need(self.turns >= 1 and _finite(self.think), f"{who}: turns must be ≥ 1 and think ≥ 0")
         _need(self.turns == 1 or self.api == "chat", f"{who}: only the chat API has turns")
         _need(self.history in get_args(History), f"{who}: history is planned or answers, not {self.history!r}")
-        if self.extra:
-            try:
-                good = isinstance(json.loads(self.extra), dict)
-            except ValueError:
-                good = False
-            _need(good, f"{who}: extra is not a JSON object: {self.extra[:60]!r}")
+        _check_extra(who, self.extra)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +220,8 @@ class Trace:
         _need(bool(self.path), "a trace needs the path of its CSV")
         _need(math.isfinite(self.speed_up) and self.speed_up > 0, f"speed_up must be positive, not {self.speed_up}")
         _need(_finite(self.offset), f"a trace's offset cannot be negative: {self.offset}")
+        _need(self.api in get_args(Api), f"trace {self.name!r}: unknown API {self.api!r}, it is chat or completions")
+        _check_extra(f"trace {self.name!r}", self.extra)
         _need(self.cap >= 1 and self.prompt_max >= 1 and self.output_max >= 1, "a trace's caps must be at least 1")
 
 
@@ -340,6 +352,20 @@ def _encode(value: object) -> object:
     return [_encode(v) for v in value] if isinstance(value, tuple) else value
 
 
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a decoded value has the type that its field names."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str)  # which one is the spec's own check
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(one, args[0]) for one in value)
+    if args:  # a union
+        return any(_fits(value, one) for one in args)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint if hint in (int, bool) else isinstance(value, hint)
+
+
 def _decode(value: object) -> object:
     if isinstance(value, list):
         return tuple(_decode(v) for v in value)
@@ -352,7 +378,11 @@ def _decode(value: object) -> object:
     known = {f.name for f in fields(cls) if f.init}
     unknown = sorted(set(value) - known - {"type"})
     _need(not unknown, f"{name} has no field {', '.join(unknown)}")
+    given = {k: _decode(v) for k, v in value.items() if k != "type"}
+    hints = get_type_hints(cls)
+    for field_, one in given.items():
+        _need(_fits(one, hints[field_]), f"{name} in the traffic spec: {field_} cannot be {str(one)[:60]!r}")
     try:
-        return cls(**{k: _decode(v) for k, v in value.items() if k != "type"})
+        return cls(**given)
     except TypeError as e:
         raise LoadError(f"{name} in the traffic spec is malformed: {e}") from e

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,6 +144,22 @@ def test_only_elsewhere_by_the_command_twice_with_tls(url: str, token: Path, cer
             assert worker.address in account.clocks
         with pytest.raises(LoadError, match=r"speak our language|closed the connection|said nothing"):
             _start(url, token, worker.address, tmp_path / "plain")  # without TLS
+
+
+def test_it_has_metrics_of_its_own(url: str, token: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with lent(token, "--metrics-port", str(port)) as worker:
+        load = _start(url, token, worker.address, tmp_path / "out")
+        load.begin(clock.now())
+
+        def scraped() -> bool:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
+                return b'gameday_replies_total{cls="chat",outcome="ok"}' in answer.read()
+
+        clock.wait_until(scraped, within=30, what="replies in the worker's /metrics")
+        load.stop(within=5)
 
 
 def _start(url: str, token: Path, *addresses: str | Path, seconds: float = 30) -> launch.Load:

@@ -36,6 +36,12 @@ def test_json_round_trip(traffic: Traffic) -> None:
     assert Traffic.from_json(json.dumps(traffic.to_json())) == traffic
 
 
+def test_the_documented_spec_is_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "load.md").read_text(encoding="utf-8")
+    traffic = Traffic.from_json(text.split("```json\n")[1].split("```")[0])
+    assert [s.name for s in traffic.streams] == ["chat", "canary", "trace"]
+
+
 @pytest.mark.parametrize(("arrivals", "cv"), [("poisson", 1.0), ("gamma", 2.0), ("constant", 0.0)])
 def test_rate_and_burstiness(arrivals: str, cv: float) -> None:
     plan = make(_one(arrivals=arrivals, burstiness=2.0), 3, 400)
@@ -141,6 +147,15 @@ def test_lengths_stay_within_their_bounds(lengths: Lengths) -> None:
         (lambda: Traffic.from_json({"type": "Chat", "per_secnd": 3}), "no field per_secnd"),
         (lambda: Traffic.from_json({"type": "Chat"}), "malformed"),
         (lambda: Traffic.from_json({"type": "Storm"}), "unknown traffic type"),
+        (lambda: Traffic.from_json({"type": "Chat", "per_second": "3"}), "per_second cannot be '3'"),
+        (lambda: Traffic.from_json({"type": "Chat", "per_second": 3, "turns": 2.5}), "turns cannot be '2.5'"),
+        (lambda: Traffic.from_json({"type": "Chat", "per_second": 3, "turns": True}), "turns cannot be 'True'"),
+        (lambda: Traffic.from_json({"type": "Chat", "per_second": 3, "changes": 7}), "changes cannot be '7'"),
+        (lambda: Traffic.from_json({"type": "Chat", "per_second": 3, "deadlines": 7}), "deadlines cannot be '7'"),
+        (lambda: Traffic.from_json({"type": "Stream", "name": "s", "prompt": 5}), "prompt cannot be '5'"),
+        (lambda: Traffic.from_json([1]), "not a traffic spec"),
+        (lambda: Trace(path="x", extra="[1]"), "not a JSON object"),
+        (lambda: _one(extra='{"stream": false, "max_tokens": 1}'), "must not say max_tokens, stream"),
     ],
 )
 def test_impossible_specs_are_refused(build: object, says: str) -> None:
