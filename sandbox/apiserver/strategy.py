@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 from typing import TYPE_CHECKING, Any
 
-from sandbox.apiserver import errors, pods, services
+from sandbox.apiserver import errors, limits, pods, services
 from sandbox.apiserver.authn import Identity
 from sandbox.apiserver.crds import KEY
 from sandbox.apiserver.resources import Resource
@@ -55,7 +55,7 @@ _GENERATIONS = frozenset(
 # Nothing in the sandbox acts on these; accepting them would be a lie.
 UNSUPPORTED = frozenset({"PersistentVolume", "ReplicationController", "Ingress", "StorageClass"})
 # Stored, so that manifests can be applied; the client is warned that they have no effect.
-_INERT = frozenset({"CronJob", "NetworkPolicy", "ResourceQuota", "LimitRange", "PersistentVolumeClaim"})
+_INERT = frozenset({"CronJob", "NetworkPolicy", "PersistentVolumeClaim"})
 # Kinds whose rules look into `spec`: it is there, if empty, as a Go struct is.
 _WITH_SPEC = frozenset(
     {
@@ -189,9 +189,13 @@ def _job_labels(obj: Obj) -> None:
 def admit_create(core: Core, res: Resource, obj: Obj, user: Identity) -> None:
     match res.kind:
         case "Pod" if res.custom is None:
+            limits.apply_ranges(core, obj)
             pods.admit(core, obj)
         case "Service" if res.custom is None:
             services.allocate(core, obj, None)
+        case "LimitRange" | "ResourceQuota" if res.custom is None:
+            limits.refuse_unknown(obj)
+    limits.hold_to_quotas(core, res, obj)
 
 
 def before_update(core: Core, res: Resource, new: Obj, old: Obj, sub: str) -> Obj:
@@ -241,6 +245,8 @@ def _status_update(res: Resource, new: Obj, old: Obj) -> Obj:
 
 
 def admit_update(core: Core, res: Resource, new: Obj, old: Obj, user: Identity, sub: str) -> None:
+    if res.kind in ("LimitRange", "ResourceQuota") and res.custom is None:
+        limits.refuse_unknown(new)
     if res.kind == "Service" and res.custom is None and not sub:
         services.allocate(core, new, old)
 

@@ -19,6 +19,7 @@ from sandbox.controllers.endpoints import EndpointSlices, LegacyEndpoints
 from sandbox.controllers.job import JobPods, Jobs
 from sandbox.controllers.namespaces import RootCertificates, ServiceAccounts, Termination
 from sandbox.controllers.nodes import NodeLifecycle, PodCollector, TaintEviction
+from sandbox.controllers.quotas import ResourceQuotas
 from sandbox.controllers.replicaset import ReplicaSets
 from sandbox.controllers.scheduler import Scheduler
 from sandbox.controllers.statefulset import StatefulSets
@@ -53,6 +54,7 @@ async def run(api: Api, clocks: Clocks, *, root_ca: str = "", metrics: Metrics |
         controllers = [make(shared) for make in _CONTROLLERS]
         controllers += [GarbageCollector(shared, catalog), Termination(shared, catalog, clocks)]
         controllers += [NodeLifecycle(shared, clocks), PodCollector(shared, clocks), Jobs(shared, clocks)]
+        controllers.append(ResourceQuotas(shared, catalog))
         controllers.append(Autoscalers(shared, clocks, metrics))
         if root_ca:
             controllers.append(RootCertificates(shared, root_ca))

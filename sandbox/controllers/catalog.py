@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _RBAC = "rbac.authorization.k8s.io"
 CRONJOBS = Kind("batch", "v1", "cronjobs", "CronJob")
 CLAIMS = Kind("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim")
+QUOTAS = Kind("", "v1", "resourcequotas", "ResourceQuota")
 _ALWAYS = (
     PODS, NODES, NAMESPACES, SERVICES, ENDPOINTS, CONFIGMAPS, SECRETS, SERVICEACCOUNTS, DEPLOYMENTS, REPLICASETS,
     STATEFULSETS, DAEMONSETS, CONTROLLERREVISIONS, JOBS, LEASES, ENDPOINTSLICES, PDBS, CRDS,
@@ -48,7 +49,7 @@ _IF_SERVED = (
     HPAS,
     CRONJOBS,
     CLAIMS,
-    Kind("", "v1", "resourcequotas", "ResourceQuota"),
+    QUOTAS,
     Kind("", "v1", "limitranges", "LimitRange"),
     Kind("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy"),
     Kind(_RBAC, "v1", "roles", "Role"),

@@ -18,10 +18,8 @@ REFUSED = {
     "crd-cel-rules": "CEL rules are not supported",
     "crd-invalid": "CEL rules are not supported",
     "crud-cronjob": "nothing in it acts on them",
-    "crud-limitrange": "nothing in it acts on them",
     "crud-networkpolicy": "nothing in it acts on them",
     "crud-persistentvolumeclaim": "nothing in it acts on them",
-    "crud-resourcequota": "nothing in it acts on them",
 }
 
 
