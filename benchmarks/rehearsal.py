@@ -1,7 +1,7 @@
 """Figures of a rehearsal, from its record: `python benchmarks/rehearsal.py runs/<id>` (default: the newest).
 
-Per experiment: apply → injected (control proof), apply → effect seen, undo → healed, the measured recovery, requests; and
-for one that was stopped (a breached condition, a signal), the reason → healed.
+Per experiment: apply → injected (control proof), apply → effect seen, undo → healed, the measured recovery, requests;
+for one that was stopped (a breached condition, a signal) also the reason → healed.
 """
 
 from __future__ import annotations
