@@ -145,7 +145,7 @@ class Undo:
 
     `verb` "delete": the object `kind`/`name` is deleted (and waited for until it is gone).
     "uncordon": spec.unschedulable is lifted from node `name`, if it still has `uid` and our mark `value`.
-    "allocatable": node `name` (if it still has `uid`) gets `value` of `resource` back.
+    "allocatable": node `name` (if it still has `uid`) gets `value` of `resource` back, where it offers `ours`.
     "template": Deployment `name` (if it still has `uid`) loses what we put into its pod template. `value` is JSON:
     our `token` there and, where we changed an image, the `container`, our `image` and what it `was`.
     `stage` "heal" is undone when the fault ends; "clean" when the experiment does (our probers).
@@ -159,6 +159,7 @@ class Undo:
     uid: str = ""
     resource: str = ""
     value: str = ""
+    ours: str = ""  # what the act wrote; "" where that need not be known
     stage: Literal["heal", "clean"] = "heal"
     running: tuple[str, ...] = ()  # pods whose containers must run again before the next undo
 

@@ -79,8 +79,11 @@ class Work:
             return f"node {entry.name} was replaced, nothing to undo"
         if entry.verb == "uncordon":
             return _uncordon(self._cluster, entry, node)
-        if node.get("status", {}).get("allocatable", {}).get(entry.resource) == entry.value:
+        offers = node.get("status", {}).get("allocatable", {}).get(entry.resource)
+        if offers == entry.value:
             return f"node {entry.name} offers {entry.value} {entry.resource}"
+        if entry.ours and offers != entry.ours:
+            return f"node {entry.name} offers {offers} {entry.resource}, which is not our doing"
         change = {"status": {"allocatable": {entry.resource: entry.value}}}
         self._cluster.patch(NODES, entry.name, change, sub="status")
         return None

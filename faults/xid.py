@@ -105,7 +105,9 @@ class Xid:
             effects.append(_pod_failure(view, hit, self.lasting))
             acts.append(Allocatable(node.name, GPU, "0"))
             offered = str(node.gpus)
-            undos.append(Undo("allocatable", "allocatable", node.name, uid=node.uid, resource=GPU, value=offered))
+            undos.append(
+                Undo("allocatable", "allocatable", node.name, uid=node.uid, resource=GPU, value=offered, ours="0")
+            )
         acts += [act for act, _ in effects]
         undos[:0] = [undo for _, undo in reversed(effects)]
         return Plan(

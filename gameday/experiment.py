@@ -207,7 +207,8 @@ def dry_run(arena: Arena, spec: Spec) -> None:
     plan, objects = session.rehearse()
     arena.say(f"dry run: {plan.facts.title}")
     for manifest in objects:
-        arena.say("---\n" + yaml.safe_dump(manifest, sort_keys=False))
+        for line in ("---", *yaml.safe_dump(manifest, sort_keys=False).splitlines()):
+            arena.say(line)
     for act in plan.acts:
         if told := by_hand(act):
             arena.say(f"change: {told}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from faults.base import MANAGED, OURS, ROLE
 from gameday import clock
 from gameday.cluster import Cluster, Watched
-from gameday.errors import ClusterError, HealError, LockError, TargetError
+from gameday.errors import ClusterError, HealError, LockError
 from gameday.kinds import CONFIGMAPS
 from gameday.lock import live_holder
 
@@ -75,13 +75,6 @@ class Ear:
         """At the file; the cluster is heard by itself."""
         if self._file.exists():
             self._on_stop(f"stopped by the file {self._file}")
-
-
-def refuse_file(file: Path) -> str:
-    """What keeps a game day from starting: the stop file is still there. Raises `TargetError`."""
-    if file.exists():
-        raise TargetError(f"The stop file {file} is there: remove it when experiments may run again.")
-    return f"no {file}"
 
 
 def clear(cluster: Cluster, holder: str) -> str:

@@ -1,4 +1,4 @@
-"""Leave to begin: no change freeze, no incident open. Asked before anything is touched, and again before the harm."""
+"""Leave to begin: no stop file, change freeze or open incident. Asked before all else, and again before the harm."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ WITHIN = 10.0  # seconds for the answer; none is no leave
 
 def ask(settings: Settings, lasting: float, prometheus: Prometheus | None = None, now: datetime | None = None) -> str:
     """Raise `TargetError` where experiments that last so long may not begin now; returns what was asked, in words."""
+    if settings.stop_file.exists():
+        raise TargetError(f"The stop file {settings.stop_file} is there: remove it when experiments may run again.")
     begin = now or datetime.now()
     for freeze in settings.freezes:
         if freeze.covers(begin, begin + timedelta(seconds=lasting)):

@@ -21,7 +21,7 @@ from faults.base import OURS, ROLE, RUN, Undo
 from faults.undo import still_paused, undo
 from gameday import clock
 from gameday.cluster import Cluster, Obj
-from gameday.errors import ClusterError, HealError
+from gameday.errors import ClusterError, HealError, RecordError
 from gameday.kinds import BY_KIND, CONFIGMAPS
 from gameday.lock import remove_dead, wait_until_dead
 
@@ -40,11 +40,14 @@ class Ledger:
     def write(self, undos: Sequence[Undo]) -> None:
         """Write all entries, here and there; only after this returns may anything be harmed."""
         self.plan(undos)
-        with self._path.open("a") as file:
-            for entry, key in self._keys.items():
-                file.write(json.dumps({"key": key, **asdict(entry)}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self._path.open("a") as file:
+                for entry, key in self._keys.items():
+                    file.write(json.dumps({"key": key, **asdict(entry)}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as wrong:
+            raise RecordError(f"{self._path} cannot be written: {wrong.strerror}; nothing was harmed.") from wrong
         self._cluster.create(CONFIGMAPS, self.manifest())
 
     def plan(self, undos: Sequence[Undo]) -> None:

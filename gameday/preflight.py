@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from faults.act import manifests
 from faults.base import Job, Plan
+from gameday import leave
 from gameday.cluster import Cluster, Obj, Refused
 from gameday.errors import ClusterError, GamedayError, HealError, MissingCapability, PrometheusError, TargetError
 from gameday.kinds import BY_KIND, DEPLOYMENTS, NAMESPACES, NETWORKCHAOS, PODCHAOS, PODS
@@ -49,6 +50,7 @@ class Preflight:
         namespace = self._settings.namespace
         rbac = f"gameday rbac --namespace {namespace} | kubectl apply -f -"
         return (
+            ("leave to begin", self._leave, "wait until it is over (docs/safety.md)"),
             ("API server", self._api, "look at the kubeconfig, the VPN, the proxy"),
             ("namespace", self._namespace, "name it by --namespace and in allow_namespaces, and annotate it"),
             ("rights", self._rights, rbac),
@@ -92,6 +94,9 @@ class Preflight:
                 self._admit(_pod_of(act.manifest))
 
     # ── checks ──────────────────────────────────────────────────────────────────────────────
+
+    def _leave(self) -> str:
+        return leave.ask(self._settings, 0, self._prometheus)
 
     def _api(self) -> str:
         return f"{self._cluster.name}, Kubernetes {self._cluster.version()}"

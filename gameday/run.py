@@ -19,7 +19,7 @@ import yaml
 
 from faults.act import NotInjected, manifests, perform
 from faults.base import EXPIRES, MANAGED, RUN, Act, Job, Plan, Undo, View, harmful
-from gameday import clock, finish, halt, leave, radius, record
+from gameday import clock, finish, leave, radius, record
 from gameday.clock import Epoch, Instant
 from gameday.cluster import Obj
 from gameday.effects import Effects
@@ -116,7 +116,6 @@ class Session:
     def prepare(self) -> None:
         """Preflight, plan, lock, ledger, probers, load: nothing is harmed yet."""
         self.check_spec()
-        halt.refuse_file(self._settings.stop_file)
         self.tape.open(self.dir)
         preflight = Preflight(self._cluster, self._arena.prometheus, self._settings)
         preflight.demand()
@@ -162,7 +161,6 @@ class Session:
     def rehearse(self) -> tuple[Plan, list[Obj]]:
         """Everything that would be created, in the order of its creation; nothing is. Raises what `prepare` would."""
         self.check_spec()
-        halt.refuse_file(self._settings.stop_file)
         leave.ask(self._settings, self.spec.expected(self._settings), self._arena.prometheus)
         view = self.view()
         plan = self.spec.fault.plan(view)
@@ -416,7 +414,10 @@ class Session:
         self._healed = self._healer.heal(until=ends)
         if self._harm is not None:
             if self._effects is not None:
-                self._effects.see_gone(self._cluster, self._arena.run_id)
+                try:
+                    self._effects.see_gone(self._cluster, self._arena.run_id)
+                except ClusterError as wrong:
+                    self.tape.mark(Step.GONE, False, self._plan.facts.name, str(wrong))
             self.tape.mark(Step.HEALED, self._healed, detail=self._healer.told)
 
     # ── after ───────────────────────────────────────────────────────────────────────────────

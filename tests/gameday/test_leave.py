@@ -34,6 +34,13 @@ def test_nothing_is_asked_by_default() -> None:
     assert "nothing is to be asked" in ask()
 
 
+def test_a_stop_file_keeps_everything_from_beginning(tmp_path: Path) -> None:
+    file = tmp_path / "gameday.stop"
+    assert ask(stop_file=file)
+    file.touch()
+    refused("remove it when experiments may run again", stop_file=file)
+
+
 def test_a_freeze_keeps_from_beginning_also_what_would_run_into_it() -> None:
     refused("change freeze is on", now=SATURDAY, freeze=("Fri 16:00-Mon 08:00",))
     refused("would begin meanwhile", now=datetime(2026, 11, 27, 15, 55), lasting=600, freeze=("Fri 16:00-Mon 08:00",))

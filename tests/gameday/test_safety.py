@@ -11,7 +11,7 @@ from faults.base import CORDONED, MANAGED, RUN, Undo
 from faults.undo import undo
 from gameday import lock as lock_
 from gameday.cluster import Cluster
-from gameday.errors import HealError, LockError
+from gameday.errors import HealError, LockError, RecordError
 from gameday.kinds import CONFIGMAPS, LEASES, NODES, PODS, Kind
 from gameday.ledger import Ledger, heal, leftovers
 from gameday.lock import Lock, live_holder
@@ -78,6 +78,27 @@ def test_a_node_of_the_same_name_is_another_node(cluster: Cluster) -> None:
     node(cluster, "n1", cordoned=True)
     told = undo(cluster, Undo("uncordon", "cordon", "n1", uid="of-the-one-before", value="t1"), within=5)
     assert "replaced" in told and cordoned(cluster, "n1")
+
+
+def test_allocatable_that_somebody_else_changed_is_left_alone(cluster: Cluster) -> None:
+    entry = Undo("allocatable", "a", "n1", uid=node(cluster, "n1"), resource="nvidia.com/gpu", value="2", ours="0")
+
+    def offer(count: str) -> None:
+        cluster.patch(NODES, "n1", {"status": {"allocatable": {"nvidia.com/gpu": count}}}, sub="status")
+
+    offer("1")  # a device plugin has found one again
+    assert "not our doing" in undo(cluster, entry, within=5)
+    assert cluster.get(NODES, "n1")["status"]["allocatable"]["nvidia.com/gpu"] == "1"
+    offer("0")
+    assert "offers 2" in undo(cluster, entry, within=5)
+
+
+def test_a_full_disk_keeps_from_beginning(cluster: Cluster) -> None:
+    """No ledger, no harm: neither here nor in the cluster is anything begun."""
+    book = Ledger(cluster, Path("/dev/full"), "gd-x-ledger", LABELS)
+    with pytest.raises(RecordError, match="No space left on device; nothing was harmed"):
+        book.write([Undo("uncordon", "c", "n1", uid="u", value="t1")])
+    assert leftovers(cluster) == ()
 
 
 def test_a_delete_that_hangs_names_the_finalizer_and_the_command(cluster: Cluster) -> None:
