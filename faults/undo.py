@@ -79,14 +79,7 @@ class Work:
             return f"node {entry.name} was replaced, nothing to undo"
         if entry.verb == "uncordon":
             return _uncordon(self._cluster, entry, node)
-        offers = node.get("status", {}).get("allocatable", {}).get(entry.resource)
-        if offers == entry.value:
-            return f"node {entry.name} offers {entry.value} {entry.resource}"
-        if entry.ours and offers != entry.ours:
-            return f"node {entry.name} offers {offers} {entry.resource}, which is not our doing"
-        change = {"status": {"allocatable": {entry.resource: entry.value}}}
-        self._cluster.patch(NODES, entry.name, change, sub="status")
-        return None
+        return _offer(self._cluster, entry, node)
 
     def _delete(self) -> str | None:
         entry, kind = self.entry, BY_KIND[self.entry.kind]
@@ -128,6 +121,17 @@ def _template(cluster: Cluster, entry: Undo) -> str | None:
     if "image" in ours and images.get(ours["container"]) == ours["image"]:
         change["spec"] = {"containers": [{"name": ours["container"], "image": ours["was"]}]}
     cluster.patch(DEPLOYMENTS, entry.name, {"spec": {"template": change}}, entry.namespace, type="strategic")
+    return None
+
+
+def _offer(cluster: Cluster, entry: Undo, node: Obj) -> str | None:
+    offers = node.get("status", {}).get("allocatable", {}).get(entry.resource)
+    if offers == entry.value:
+        return f"node {entry.name} offers {entry.value} {entry.resource}"
+    if entry.ours and offers != entry.ours:
+        return f"node {entry.name} offers {offers} {entry.resource}, which is not our doing"
+    change = {"status": {"allocatable": {entry.resource: entry.value}}}
+    cluster.patch(NODES, entry.name, change, sub="status")
     return None
 
 

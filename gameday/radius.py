@@ -69,7 +69,8 @@ def check(plan: Plan, view: View, settings: Settings, cluster: Cluster) -> tuple
                 unseen.append(f"PodDisruptionBudgets cannot be seen: {refused}")
             else:
                 _budgets(radius, view, budgets)
-    _protected(radius, view, cluster, settings.protected)
+    everything = Radius(frozenset(plan.facts.pods), frozenset(plan.facts.nodes))  # also what is hit only in its turn
+    _protected(everything, view, cluster, settings.protected)
     return (*unseen, *_own_ground(radius, view, settings, cluster))
 
 

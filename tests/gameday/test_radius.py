@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from faults import PodKill, Xid, Zone, ZoneOutage, ZonePartition
-from faults.base import Apply, Fault, Plan, View
+from faults.base import Apply, Evict, Fault, Plan, Roll, View
 from gameday import radius
 from gameday.cluster import Node, Obj, Pod, Refused
 from gameday.errors import TargetError
@@ -270,3 +270,37 @@ def test_the_kinds_are_those_that_are_read() -> None:
         "endpointslices",
         "pods",
     ]
+
+
+# ── what goes by turns ──────────────────────────────────────────────────────────────────────────
+
+
+def in_turns(act: Any, in_turn: int) -> tuple[Plan, View]:
+    """All six engines, `in_turn` at a time."""
+    seen = view()
+    facts = replace(PodKill(lasting=60).plan(seen).facts, pods=tuple(one.key for one in seen.ready))
+    return Plan(facts, (act,), (), in_turn=in_turn), seen
+
+
+ROLL = Roll("engine", "llm", "uid", {})
+
+
+def test_a_rollout_hits_all_but_never_at_once() -> None:
+    plan, seen = in_turns(ROLL, 1)
+    assert check(plan, seen, budget(6, 5, minAvailable=5), max_zones=0.3) == ()
+    assert radius.busy_without(plan, seen, 0.6)[0] == pytest.approx(0.72)
+    at_once, seen = in_turns(ROLL, 6)
+    refused("3 of 3 zones would lose every engine", at_once, seen)
+
+
+def test_evictions_ask_the_budget_themselves() -> None:
+    evict = Evict(tuple((one.key, one.uid) for one in view().ready), within=60)
+    plan, seen = in_turns(evict, 1)
+    assert check(plan, seen, budget(6, 5, minAvailable=5)) == ()
+
+
+def test_what_is_protected_is_not_hit_in_its_turn_either() -> None:
+    plan, seen = in_turns(ROLL, 1)
+    last = max(plan.facts.pods)
+    pods = tuple(replace(one, labels={"tier": "gold"}) if one.key == last else one for one in seen.pods)
+    refused(f"{last} must not be hit", plan, replace(seen, pods=pods), protected="tier")
