@@ -12,6 +12,31 @@ from pathlib import Path
 from gameday.errors import LoadError
 from gameday.model import Outcome, Reply
 from loadgen import answer, target as target_
+from loadgen.plan import Plan
+
+
+def every_kind(
+    plan: Plan,
+    target: str,
+    model: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    api_key_file: Path | None = None,
+    api_key_env: str | None = None,
+    ca_file: Path | None = None,
+) -> None:
+    """One token by each API, in a stream or in one piece, as the plan uses them. Raises LoadError."""
+    for api, stream in sorted({(kind.api, kind.stream) for kind in plan.classes}):
+        one_token(
+            target,
+            model,
+            api=api,
+            stream=stream,
+            headers=headers,
+            api_key_file=api_key_file,
+            api_key_env=api_key_env,
+            ca_file=ca_file,
+        )
 
 
 def one_token(

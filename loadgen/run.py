@@ -21,7 +21,7 @@ from gameday import clock
 from gameday.errors import LoadError
 from gameday.model import Heartbeat, LoadEnd, Outcome, Reply
 from loadgen import launch, plan as plan_, sound
-from loadgen.check import one_token
+from loadgen.check import every_kind
 from loadgen.far import Offset
 from loadgen.plan import Plan
 from loadgen.traffic import Trace, Traffic
@@ -307,12 +307,11 @@ def run(
     wanted = Traffic(streams=(traffic,)) if isinstance(traffic, Trace) else traffic
     plan = plan_.make(wanted, seed, seconds)
     _empty(out)
-    for api, stream in sorted({(kind.api, kind.stream) for kind in plan.classes}):
-        one_token(
+    if workers:  # workers elsewhere ask for themselves: it may be that only they can reach the target
+        every_kind(
+            plan,
             target,
             model,
-            api=api,
-            stream=stream,
             headers=headers,
             api_key_file=api_key_file,
             api_key_env=api_key_env,

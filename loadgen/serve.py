@@ -22,6 +22,8 @@ from typing import Any
 
 from gameday.errors import LoadError
 from loadgen import launch, records, wire as wire_
+from loadgen.check import every_kind
+from loadgen.plan import Plan
 
 LEADER_SILENT = 10.0
 """Seconds without a word after which the leader is gone."""
@@ -198,17 +200,27 @@ class _Session:
         """Raises LoadError for what the leader should know, Gone when it is gone."""
         job, plan = self._order()
         given = {name: value for name, value in job.items() if name not in ("worker", "workers")}
+        own = self._own
+        every_kind(
+            Plan.read(plan),
+            job["target"],
+            job["model"],
+            headers=job["headers"],
+            api_key_file=own.api_key_file,
+            api_key_env=own.api_key_env,
+            ca_file=own.ca_file,
+        )
         load = launch.start(
             plan,
             out=self._room,
             workers=1,
             number=int(job["worker"]),
             of=int(job["workers"]),
-            api_key_file=self._own.api_key_file,
-            api_key_env=self._own.api_key_env,
-            ca_file=self._own.ca_file,
-            metrics_port=self._own.metrics_port,
-            metrics_address=self._own.metrics_address,
+            api_key_file=own.api_key_file,
+            api_key_env=own.api_key_env,
+            ca_file=own.ca_file,
+            metrics_port=own.metrics_port,
+            metrics_address=own.metrics_address,
             **given,
         )
         tails = {

@@ -24,7 +24,7 @@ from test_check import cert as cert  # the fixture
 from gameday import clock
 from gameday.errors import LoadError
 from gameday.model import LoadEnd, Outcome, Reply
-from loadgen import far, launch, records, wire
+from loadgen import check, far, launch, records, wire
 from loadgen.plan import Plan, make
 from loadgen.run import run
 from loadgen.traffic import Stream, Traffic, fixed
@@ -144,6 +144,18 @@ def test_only_elsewhere_by_the_command_twice_with_tls(url: str, token: Path, cer
             assert worker.address in account.clocks
         with pytest.raises(LoadError, match=r"speak our language|closed the connection|said nothing"):
             _start(url, token, worker.address, tmp_path / "plain")  # without TLS
+
+
+def test_it_asks_for_a_token_itself(url: str, token: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service inside a cluster may be out of the leader's reach."""
+    monkeypatch.setattr(check, "one_token", lambda *_, **__: pytest.fail("the leader asked"))
+    more = {"traffic": _traffic(), "seconds": 1, "seed": 1, "workers": 0, "remote_token_file": token}
+    with lent(token) as worker:
+        say: list[str] = []
+        good = {"target": url, "model": "tiny", "remote": (worker.address,), "say": say.append, **more}
+        assert run(out=tmp_path / "good", **good).planned == 40  # type: ignore[arg-type]
+        with pytest.raises(LoadError, match=r"load worker 0 at .*: the target .* has no model 'huge'"):
+            run(out=tmp_path / "bad", **{**good, "model": "huge"})  # type: ignore[arg-type]
 
 
 def test_it_has_metrics_of_its_own(url: str, token: Path, tmp_path: Path) -> None:
