@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import subprocess
+import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from faults.base import Cut, Dead
+from faults.base import Cut, Dead, Mute
 from gameday.cluster import Node
 from probes import reach
 from probes.reach import Reach, Target, _Track
@@ -132,3 +137,98 @@ def test_a_prober_tolerates_what_all_nodes_of_its_zone_are_tainted_with() -> Non
     assert reach._tolerated(nodes, "a") == [wanted]
     assert reach._tolerated((*nodes, node("n4")), "a") == [], "one node without taints is enough"
     assert reach._tolerated(nodes, "b") == []
+
+
+# ── pods that take connections and answer none ──────────────────────────────────────────────────
+
+ASKED = [f"llm/engine-{zone}?{ask}" for zone in "ab" for ask in ("health", "generate")]
+
+
+class Asking:
+    """One prober, which asks two engines; `rounds` feeds which questions go unanswered."""
+
+    def __init__(self) -> None:
+        view: Any = SimpleNamespace(namespace="llm", probers=PROBERS[:1])
+        self.reach = Reach(None, view, "image", 60)  # type: ignore[arg-type]
+        keys = [*ASKED, "llm/engine-a", "llm/engine-b"]
+        self.targets = tuple(Target(key, "a", "10.244.0.1", 8000, "GET" if "?" in key else "") for key in keys)
+        self.reach._tracks["a"] = _Track("a", self.targets)
+        self.number = 0
+        self.rounds(3)
+        self.reach.settle()
+
+    def rounds(self, count: int, *mute: str) -> None:
+        for _ in range(count):
+            self.number += 1
+            bits = "".join("0" if target.key in mute else "1" for target in self.targets)
+            self.reach._take(self.reach._tracks["a"], json.dumps({"n": self.number, "up": bits}))
+
+
+HUNG, ZOMBIE = Mute(("llm/engine-a",), "health"), Mute(("llm/engine-a",), "generate")
+
+
+def test_a_hang_is_proven_by_health_that_is_not_answered_while_others_answer() -> None:
+    asking = Asking()
+    asking.rounds(3)
+    assert not asking.reach.look(HUNG).holds
+    asking.rounds(3, "llm/engine-a?health", "llm/engine-a?generate")
+    assert asking.reach.look(HUNG).settled, "its kernel still takes connections, which proves nothing"
+    asking.rounds(3, "llm/engine-a?health", "llm/engine-b?health")
+    seen = asking.reach.look(HUNG)
+    assert not seen.holds and "reaches nothing at all" in seen.detail
+
+
+def test_a_zombie_says_that_it_is_well_and_generates_nothing() -> None:
+    asking = Asking()
+    asking.rounds(3, "llm/engine-a?generate")
+    assert asking.reach.look(ZOMBIE).settled
+    asking.rounds(3, "llm/engine-a?generate", "llm/engine-a?health")
+    seen = asking.reach.look(ZOMBIE)
+    assert not seen.holds and "engine-a?health" in seen.detail, "that is a hang, and whoever asks for /health sees it"
+
+
+def test_a_mute_pod_is_gone_when_it_answers_again_and_no_pair_proves_nothing() -> None:
+    asking = Asking()
+    asking.rounds(3, "llm/engine-a?generate")
+    assert not asking.reach.look_gone(ZOMBIE, frozenset({"llm/engine-a"})).holds
+    asking.rounds(3)
+    assert asking.reach.look_gone(ZOMBIE, frozenset({"llm/engine-a"})).settled
+    assert not asking.reach.look_gone(ZOMBIE, frozenset()).holds
+
+
+def test_questions_are_no_connections() -> None:
+    asking = Asking()
+    asking.rounds(3, *ASKED)
+    assert not asking.reach.look(Dead(("llm/engine-a",))).holds
+    assert asking.reach.look_gone(Dead(("llm/engine-a",)), frozenset({"llm/engine-a"})).holds
+
+
+def test_the_probers_script_tells_a_hang_from_a_refusal_and_an_answer() -> None:
+    """The real script against real sockets: one that answers, one whose process is stopped, one that says 500."""
+
+    def server(answer: bytes | None) -> socket.socket:
+        sock = socket.create_server(("127.0.0.1", 0))
+        if answer is not None:
+            threading.Thread(target=serve, args=(sock, answer), daemon=True).start()
+        return sock
+
+    def serve(sock: socket.socket, answer: bytes) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = sock.accept()
+                with client:
+                    client.recv(4096)
+                    client.sendall(answer)
+
+    good, ill = server(b"HTTP/1.1 200 OK\r\n\r\n"), server(b"HTTP/1.1 500 No\r\n\r\n")
+    with good, ill, server(None) as stopped, socket.create_server(("127.0.0.1", 0)) as free:
+        ports = [sock.getsockname()[1] for sock in (good, ill, stopped)]
+        targets = [["127.0.0.1", port, "GET / HTTP/1.1\r\n\r\n"] for port in ports] + [["127.0.0.1", ports[2]]]
+        free_port = str(free.getsockname()[1])
+        free.close()
+        arguments = [json.dumps(targets), "0.05", "0.4", "1.2", free_port, "127.0.0.1", "0.3"]
+        done = subprocess.run(
+            [sys.executable, "-c", reach.SCRIPT, *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+    seen = [json.loads(line)["up"] for line in done.stdout.splitlines()]
+    assert seen and set(seen) == {"1001"}, "answered; refused; silent; and its kernel takes the connection"

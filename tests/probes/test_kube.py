@@ -1,0 +1,64 @@
+"""What the watches prove: nodes that are cordoned, pods that were born after the harm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gameday import clock
+from gameday.cluster import Watched
+from probes.kube import Watcher, deployment_of
+
+
+def watcher() -> Watcher:
+    nobody: Any = None
+    return Watcher(nobody, {"app": "engine"}, "engine", lambda _: None)
+
+
+def pod(name: str, owner: str = "engine-5d4f") -> Any:
+    owners = [{"kind": "ReplicaSet", "name": owner}]
+    metadata = {"name": name, "namespace": "llm", "uid": f"uid-{name}", "ownerReferences": owners, "labels": {}}
+    return {"metadata": metadata, "spec": {"containers": [{"name": "c", "image": "i"}]}, "status": {}}
+
+
+def test_only_a_pod_of_that_deployment_born_since_then_proves_a_rollout() -> None:
+    watch = watcher()
+    watch._on_pod(Watched("ADDED", pod("old")), False)
+    harm = clock.now()
+    assert not watch.newborn("engine", harm).holds, "what the first list brought is older than we are"
+    watch._on_pod(Watched("ADDED", pod("other", "gateway-77aa")), True)
+    assert not watch.newborn("engine", harm).holds
+    watch._on_pod(Watched("ADDED", pod("new", "engine-9c8b")), True)
+    seen = watch.newborn("engine", harm)
+    assert seen.settled and "new" in seen.detail and seen.since >= harm
+    assert not watch.newborn("engine", clock.now() + 1).holds
+
+
+def test_a_cordon_counts_when_the_watch_has_seen_all_of_it() -> None:
+    watch = watcher()
+    for name, cordoned in (("n1", True), ("n2", False)):
+        metadata = {"name": name, "uid": name, "labels": {}}
+        watch._on_node(
+            Watched("ADDED", {"metadata": metadata, "spec": {"unschedulable": cordoned}, "status": {}}), True
+        )
+    assert watch.cordoned(("n1",), 0.0).settled
+    seen = watch.cordoned(("n1", "n2"), 0.0)
+    assert not seen.holds and "n2 still schedulable" in seen.detail
+    assert not watch.cordoned(("unknown",), 0.0).holds
+
+
+def test_whether_a_pod_is_still_there() -> None:
+    watch = watcher()
+    watch._on_pod(Watched("ADDED", pod("old")), False)
+    assert watch.exist(["llm/old", "llm/x"]) and not watch.exist(["llm/x"])
+    watch._on_pod(Watched("DELETED", pod("old")), True)
+    assert not watch.exist(["llm/old"])
+
+
+@pytest.mark.parametrize(
+    ("owner", "deployment"),
+    [("ReplicaSet/my-llama32-6d4f", "my-llama32"), ("StatefulSet/db", ""), ("", ""), ("ReplicaSet/bare", "")],
+)
+def test_the_deployment_of_an_owner(owner: str, deployment: str) -> None:
+    assert deployment_of(owner) == deployment
