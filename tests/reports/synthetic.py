@@ -267,6 +267,14 @@ def broken() -> Timeline:
     return record.timeline(made.about, made.fault, seen, list(made.samples), [*happened, *_load(seen)])
 
 
+def accounted(made: Timeline) -> Timeline:
+    """With the load generator's account as it would be of these replies."""
+    rest = [e for e in made.events if not isinstance(e, LoadEnd | Heartbeat)]
+    return record.timeline(
+        made.about, made.fault, list(made.replies), list(made.samples), [*rest, *_load(list(made.replies))]
+    )
+
+
 def unproven() -> Timeline:
     """INCONCLUSIVE: nobody saw the fault act."""
     made = timeline()
