@@ -120,6 +120,13 @@ def say_steps(recovery: Recovery) -> str:
     return "; ".join(p for p in (within, f"later {later}" if later else "") if p)
 
 
+MEANING = {
+    Verdict.PASS: "The fault was proven, the load was real, every objective held, and nothing is left behind.",
+    Verdict.INCONCLUSIVE: "No result, neither good nor bad: what a verdict rests on was missing.",
+    Verdict.FAIL: "An objective was missed.",
+    Verdict.ERROR: "It could not begin, or something could not be undone: look at it now.",
+}
+
 SPOKEN = frozenset({"run went wrong", "stop condition", "run could not see"})
 """Objectives of findings that stem from a note made while the run went on: the cause, not its consequences."""
 
