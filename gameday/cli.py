@@ -28,7 +28,7 @@ from gameday.rbac import show as show_rbac
 from gameday.toolkit import validate as validate_
 from loadgen.cli import load
 from probes.prometheus import Prometheus
-from reports import console, html, verdicts
+from reports import as_json, console, html, junit, verdicts
 from reports.gate import NEED, gate as gate_, history
 from sandbox import options as sandbox_options, up as sandbox_up
 from sandbox.up import SandboxError
@@ -254,11 +254,12 @@ def judge(directory: Path) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 @one_sentence
 def report(directory: Path) -> None:
-    """Write the HTML reports of a run directory anew."""
+    """Write the reports of a run directory anew: HTML, and of a whole run junit.xml and summary.json, too."""
     for one in _experiments(directory):
         _say(str(html.write(one)))
     if not (directory / "run.json").exists():
-        _say(str(html.write_index(directory)))
+        for path in (html.write_index(directory), junit.write(directory), as_json.write(directory)):
+            _say(str(path))
 
 
 @main.command()

@@ -29,7 +29,7 @@ from gameday.run import Arena, Session, Spec
 from gameday.toolkit import execute
 from gameday.trials import pool
 from loadgen.traffic import Traffic
-from reports import console, html, junit, markdown, verdicts
+from reports import as_json, console, html, junit, markdown, verdicts
 from reports.live import Live
 from reports.notify import Notify, tell
 
@@ -235,7 +235,8 @@ def summarise(
     writers: list[Callable[[], Path | None]] = [lambda: step_summary(judged, held)]
     if arena is not None:
         root = arena.root
-        writers += [lambda: verdicts.keep(root, judged), lambda: html.write_index(root), lambda: junit.write(root)]
+        writers += [lambda: verdicts.keep(root, judged), lambda: html.write_index(root)]
+        writers += [lambda: junit.write(root), lambda: as_json.write(root)]
     for write in writers:
         try:
             if path := write():

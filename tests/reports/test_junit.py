@@ -16,7 +16,7 @@ from test_console import JUDGEMENT
 from gameday import record
 from gameday.cli import main
 from gameday.model import Counts, Finding, Judgement, Verdict
-from reports import html, junit, markdown, verdicts
+from reports import as_json, html, junit, markdown, verdicts
 from reports.gate import gate
 from reports.verdicts import Entry
 
@@ -91,6 +91,10 @@ def test_what_could_not_begin_is_in_every_report(run_root: Path, tmp_path: Path)
         assert error is not None and "no rights" in (error.get("message") or "")
     page = html.write_index(root).read_text(encoding="utf-8")
     assert "2 ERROR · 1 PASS" in page and "pod_kill (no report)" in page
+    document = json.loads(as_json.write(root).read_text(encoding="utf-8"))
+    assert document["verdict"] == "ERROR"
+    assert [(e["name"], e["verdict"]) for e in document["experiments"]][1] == ("pod_kill", "ERROR")
+    assert document["experiments"][0]["recovery"]["seconds"] > 0 and document["experiments"][0]["counts"]["planned"] > 0
     held = gate(root, [], by=0.1, last=3)
     assert not held.passed and "ERROR  pod_kill" in held.story
     done = CliRunner().invoke(main, ["judge", str(root)])
@@ -105,6 +109,9 @@ def test_a_trial_that_never_ran_is_an_error(run_root: Path, tmp_path: Path) -> N
     path.write_text(json.dumps(run))
     suite = ElementTree.parse(junit.write(tmp_path)).getroot()
     assert (suite.get("tests"), suite.get("errors")) == ("2", "1")
+    document = as_json.summary(tmp_path)
+    assert document["verdict"] == "INCONCLUSIVE"
+    assert (document["trials"][0]["passed"], document["trials"][0]["of"]) == (1, 3)
     (error,) = suite.iter("error")
     assert (error.get("type"), error.get("message")) == ("INCONCLUSIVE", "2 of 3 trials never ran")
 
