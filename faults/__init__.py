@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from faults.base import Fault, Zone
+from faults.chaostoolkit import ChaosToolkit
 from faults.freeze import PodHang, ZombieEngine
 from faults.node import NodeCrash, NodeDrain
 from faults.pod import PodKill, PodStop
@@ -18,6 +19,7 @@ from faults.zone import ZoneOutage, ZonePartition
 from gameday.errors import ExperimentError
 
 __all__ = [
+    "ChaosToolkit",
     "Fault",
     "NodeCrash",
     "NodeDrain",
@@ -37,6 +39,7 @@ __all__ = [
 KINDS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
+        ChaosToolkit,
         NodeCrash,
         NodeDrain,
         PodHang,

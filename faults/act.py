@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from faults.base import CORDONED, Act, Allocatable, Apply, Cordon, Evict, Job, Roll
-from gameday import clock
+from faults.base import CORDONED, Act, Allocatable, Apply, Call, Cordon, Evict, Job, Roll
+from gameday import activities, clock
 from gameday.cluster import Cluster, Obj, Refused, Unreachable
 from gameday.errors import ClusterError, GamedayError
 from gameday.kinds import DEPLOYMENTS, JOBS, NODES, PODS, Kind
@@ -82,6 +82,8 @@ def perform(cluster: Cluster, act: Act, stop: threading.Event, emit: Emit = lamb
         return _evict(cluster, act, stop, emit)
     if isinstance(act, Roll):
         return _roll(cluster, act, stop)
+    if isinstance(act, Call):
+        return _call(cluster, act, stop)
     return _allocatable(cluster, act)
 
 
@@ -261,6 +263,19 @@ def _roll(cluster: Cluster, act: Roll, stop: threading.Event) -> str:
     except clock.Waited as late:
         raise NotInjected(str(late)) from late
     return f"generation {generation} of Deployment {act.name} observed"
+
+
+def _call(cluster: Cluster, act: Call, stop: threading.Event) -> str:
+    """Raises `NotInjected` when the activity raised, and `activities.OutOfTolerance` for a probe of the method."""
+    own = activities.of_text(act.experiment)
+    one, environment = own.method[act.number], cluster.environment()
+    try:
+        if one.action:
+            output = activities.run(own, one, environment, stop)
+            return f"{one.name}: done" + (f" ({activities.words(output)})" if output is not None else "")
+        return activities.probe(own, one, environment, stop)
+    except activities.Unreadable as wrong:
+        raise NotInjected(str(wrong)) from wrong
 
 
 def _allocatable(cluster: Cluster, act: Allocatable) -> str:

@@ -148,10 +148,11 @@ class Undo:
     "allocatable": node `name` (if it still has `uid`) gets `value` of `resource` back, where it offers `ours`.
     "template": Deployment `name` (if it still has `uid`) loses what we put into its pod template. `value` is JSON:
     our `token` there and, where we changed an image, the `container`, our `image` and what it `was`.
+    "rollback": the rollbacks of the Chaos Toolkit experiment `value` are run, in their order.
     `stage` "heal" is undone when the fault ends; "clean" when the experiment does (our probers).
     """
 
-    verb: Literal["delete", "uncordon", "allocatable", "template"]
+    verb: Literal["delete", "uncordon", "allocatable", "template", "rollback"]
     what: str
     name: str
     kind: str = ""
@@ -165,6 +166,8 @@ class Undo:
 
     def command(self) -> str:
         """The same by hand, for the message that asks for it."""
+        if self.verb == "rollback":
+            return f"run the rollbacks of {self.name!r} yourself"
         if self.verb == "uncordon":
             return f"kubectl uncordon {self.name}"
         if self.verb == "allocatable":
@@ -253,12 +256,26 @@ class Roll:
     what: str = "rollout"
 
 
-Act = Apply | Cordon | Allocatable | Job | Evict | Roll
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Run activity `number` of the method of a team's own Chaos Toolkit experiment (its canonical JSON)."""
+
+    what: str
+    experiment: str
+    number: int
+    action: bool  # False: a probe, which harms nobody
+
+
+Act = Apply | Cordon | Allocatable | Job | Evict | Roll | Call
 
 
 def harmful(act: Act) -> bool:
     """Whether users may feel it: the recovery's clock starts with the first such act."""
-    return isinstance(act, Apply | Evict | Roll) or (isinstance(act, Job) and act.harms)
+    return (
+        isinstance(act, Apply | Evict | Roll)
+        or (isinstance(act, Job) and act.harms)
+        or (isinstance(act, Call) and act.action)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import json
 
 from faults import stuck
 from faults.base import CORDONED, ROLLED, Undo
-from gameday import clock
+from gameday import activities, clock
 from gameday.clock import Instant
 from gameday.cluster import Cluster, Obj, Refused, Unreachable
 from gameday.errors import ClusterError, HealError
@@ -34,6 +34,7 @@ class Work:
         self._error: ClusterError | None = None
         self._away = False
         self._stuck = stuck.Watch(within)
+        self._rollbacks: activities.Rollbacks | None = None
 
     def look(self) -> str | None:
         """Do what is to be done now; words when it is undone, None when not yet.
@@ -74,12 +75,23 @@ class Work:
             return self._delete()
         if entry.verb == "template":
             return _template(self._cluster, entry)
+        if entry.verb == "rollback":
+            return self._roll_back()
         node = self._cluster.find(NODES, entry.name)
         if node is None or node["metadata"]["uid"] != entry.uid:
             return f"node {entry.name} was replaced, nothing to undo"
         if entry.verb == "uncordon":
             return _uncordon(self._cluster, entry, node)
         return _offer(self._cluster, entry, node)
+
+    def _roll_back(self) -> str | None:
+        """All of them, even when one raises; what raised is not undone."""
+        if self._rollbacks is None:
+            self._rollbacks = activities.Rollbacks(self.entry.value, self._cluster.environment())
+        told, failed = self._rollbacks.look()
+        if failed:
+            raise HealError(f"{failed}; by hand: {self.entry.command()}")
+        return told
 
     def _delete(self) -> str | None:
         entry, kind = self.entry, BY_KIND[self.entry.kind]

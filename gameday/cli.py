@@ -266,12 +266,11 @@ def report(directory: Path) -> None:
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @one_sentence
 def validate(files: tuple[Path, ...]) -> None:
-    """Check gameday.toml, the environment, and any experiment.json given."""
+    """Check gameday.toml, the environment, and any experiment.json or *.chaos.yaml|json given."""
     settings_.load({})
     _say("settings are valid")
     for path in files:
-        spec = validate_(path)
-        _say(f"{path} is valid: {spec.name}")
+        _say(f"{path} is valid: {validate_(path)}")
 
 
 @main.command("gate")

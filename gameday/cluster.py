@@ -143,6 +143,10 @@ class Cluster:
         files = kubeconfig_(str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG", ""), context)
         return cls(Login(context=context, files=files), namespace)
 
+    def environment(self) -> dict[str, str]:
+        """Variables by which other programs reach this cluster. Raises `ClusterError` where they would not."""
+        return self._login.environment()
+
     # ── requests ────────────────────────────────────────────────────────────────────────────
 
     def _send(

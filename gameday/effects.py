@@ -24,6 +24,17 @@ class Effects:
         self._lost: dict[str, int] = {}  # act → looks in a row without its effect
         self.signalled = 0.0  # when the signal Job ran: detections count from then on
 
+    def ready(self) -> bool:
+        """Right before the harm: whether it may be done (else the stop is set)."""
+        return True
+
+    def prove_all(self, since: clock.Instant) -> bool:
+        """After the last act: the effect of all of them together, where the acts have no proofs of their own."""
+        return True
+
+    def look_after(self) -> None:
+        """When the service is back, or never came back."""
+
     def look(self, act: Act, harm: clock.Instant = 0.0) -> Seen:
         """What can be seen of an act's effect now; `harm`: when the fault began."""
         proof = getattr(act, "proof", None)

@@ -19,7 +19,7 @@ import yaml
 
 from faults import Fault, Zone
 from faults.act import by_hand
-from gameday import arena as arena_, settings as settings_
+from gameday import activities, arena as arena_, own, settings as settings_
 from gameday.errors import ExperimentError, GamedayError, MissingCapability, TargetError
 from gameday.gating import Held
 from gameday.model import Counts, Finding, Judgement, Verdict
@@ -78,15 +78,27 @@ class Run:
             self._item.stash[JUDGED] = [told]
             return Result(told)
         spec = Spec(name, traffic, fault, Objectives(tuple(before), tuple(during), tuple(after)))
-        judged = self._run(spec)
+        judged = self._run(spec.name, lambda _: spec)
         worst = max(judged, key=lambda one: one.verdict.rank)
         self._item.stash[JUDGED] = [worst]
         return Result(worst)
 
-    def _run(self, spec: Spec) -> list[Judgement]:
+    def own(self, path: Path) -> None:
+        """A team's own Chaos Toolkit experiment."""
+
+        def checked(arena: Arena) -> Spec:
+            theirs, spec = own.load(path)
+            activities.check(theirs, path.name, namespaces=arena.settings.allow_namespaces)
+            return spec
+
+        judged = self._run(name_of(self._item), checked)
+        self._item.stash[JUDGED] = [max(judged, key=lambda one: one.verdict.rank)]
+
+    def _run(self, name: str, spec_for: Callable[[Arena], Spec]) -> list[Judgement]:
         judged: list[Judgement] = []
         try:
             arena = opened(self._item.config, self._options).arena
+            spec = spec_for(arena)
             if arena.settings.dry_run:
                 with Uncaptured(self._item.config):
                     dry_run(arena, spec)
@@ -109,7 +121,7 @@ class Run:
         except GamedayError as wrong:
             if isinstance(wrong, MissingCapability) and not judged and wrong.name in self._allowed():
                 pytest.skip(f"{wrong.name} is missing, which --allow-missing accepts: {wrong}")
-            told = not_begun(spec.name, str(wrong))
+            told = not_begun(name, str(wrong))
             remember(self._item, told)
             return [*judged, told]
 
@@ -133,6 +145,11 @@ class Run:
             remember(self._item, judgement)
         assert judgement is not None, "a session that ran has a plan, or raised"
         return judgement
+
+
+def run_own(item: pytest.Item, options: dict[str, Any]) -> None:
+    """Run a collected `*.chaos.yaml|json`."""
+    Run(item, options).own(item.path)
 
 
 def opened(config: pytest.Config, options: dict[str, Any]) -> arena_.Opened:

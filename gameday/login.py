@@ -38,6 +38,24 @@ class Login:
         self._loaded = clock.now()
         self.api: Any = self._load()
 
+    def environment(self) -> dict[str, str]:
+        """The same cluster for programs that take it from the environment (chaosk8s, kubectl).
+
+        Raises `ClusterError` where they would take another one: a list of files silently means http://localhost to
+        chaosk8s (facts/peers.md), and kubectl goes by the current-context.
+        """
+        if self._in_cluster:
+            return {"CHAOSTOOLKIT_IN_POD": "true", "KUBECONFIG": "/nonexistent/in-cluster"}
+        if os.pathsep in self._files:
+            raise ClusterError(f"Name one kubeconfig by --kubeconfig: this experiment cannot take {self._files}.")
+        current = (yaml.safe_load(Path(self._files).read_text()) or {}).get("current-context")
+        if current not in (None, "", self._context):
+            raise ClusterError(
+                f"The current-context of {self._files} is {current!r}, where this experiment's own commands would go: "
+                f"kubectl config use-context {self._context}."
+            )
+        return {"KUBECONFIG": str(Path(self._files).absolute()), "KUBERNETES_CONTEXT": self._context}
+
     def renew(self, stale: Any) -> bool:
         """Load the credentials anew, unless another thread just did; whether there is anything new to try.
 

@@ -17,6 +17,8 @@ from xml.etree import ElementTree
 import pytest
 from _pytest.junitxml import xml_key
 
+from gameday.collect import ChaosFile, collects
+
 if TYPE_CHECKING:
     from faults import Zone
     from gameday.experiment import Run
@@ -63,6 +65,11 @@ def pytest_configure(config: pytest.Config) -> None:
     for one in config.getoption("gameday_baseline") or ():
         if not Path(one).is_dir():
             raise pytest.UsageError(f"--baseline {one} is neither a run nor a directory of runs.")
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """`*.chaos.yaml|json`: a team's own Chaos Toolkit experiments."""
+    return ChaosFile.from_parent(parent, path=file_path) if collects(file_path) else None
 
 
 def _key(option: str) -> str:

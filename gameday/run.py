@@ -19,7 +19,9 @@ import yaml
 
 from faults.act import NotInjected, manifests, perform
 from faults.base import EXPIRES, MANAGED, RUN, Act, Job, Plan, Undo, View, harmful
+from faults.chaostoolkit import ChaosToolkit
 from gameday import clock, finish, leave, radius, record
+from gameday.activities import OutOfTolerance
 from gameday.clock import Epoch, Instant
 from gameday.cluster import Obj
 from gameday.effects import Effects
@@ -38,6 +40,7 @@ from gameday.preflight import Preflight
 from gameday.spec import WARM_UP, Arena as Arena, Spec as Spec, labels_of
 from gameday.tape import Level, Tape
 from gameday.units import show_duration
+from gameday.witness import Witness
 from probes.kube import Watcher
 from probes.prometheus import Sampler
 from probes.reach import EVERY, Reach
@@ -139,7 +142,9 @@ class Session:
         self._watcher.start()
         self._reach = Reach(self._cluster, view, self._settings.prober_image, self._lasts)
         self._reach.start(plan, lambda pod: self._save(pod["metadata"]["name"], pod))
-        self._effects = Effects(plan, self._reach, self._watcher, self.tape)
+        parts = plan, self._reach, self._watcher, self.tape
+        foreign = isinstance(self.spec.fault, ChaosToolkit)
+        self._effects = Witness(*parts, self._cluster) if foreign else Effects(*parts)
         # The load's plan must outlast everything that may take its time: the heal, and the rebalancing.
         seed = self._arena.seed + self._trial - 1
         self._flow.start(self.spec.traffic, seed, self._lasts + REBALANCE_WITHIN, self._settings, self.dir)
@@ -286,6 +291,8 @@ class Session:
         assert self._plan is not None and self._reach is not None and self._effects is not None
         if self.stopped or not self._still_valid(self._plan) or not self._may_begin(self._plan):
             return
+        if not self._effects.ready():
+            return
         self._reach.settle()
         for act in self._plan.acts:
             if self.tape.stopping.is_set():
@@ -300,9 +307,15 @@ class Session:
                 self.tape.mark(Step.INJECTED, False, act.what, str(wrong))
                 self.stop("inconclusive", f"{act.what} was not injected: {wrong}")
                 return
+            except OutOfTolerance as wrong:
+                self.tape.mark(Step.INJECTED, True, act.what, str(wrong))
+                self.stop("fail", str(wrong))
+                return
             self.tape.mark(Step.INJECTED, True, act.what, told)
             if harmful(act) and getattr(act, "proof", None) and not self._effects.prove(act, self._harm or 0.0):
                 return
+        if self._harm is not None:
+            self._effects.prove_all(self._harm)
 
     def _begin_harm(self, act: Act, plan: Plan) -> None:
         assert self._watcher is not None and self._guard is not None
@@ -436,6 +449,8 @@ class Session:
             self._settle(self._plan.settles, "rollback")
         began = clock.now()
         self._tick(hold + rto + 1, until=lambda: clock.now() - began >= hold + 1 and self._is_back(hold))
+        if self._effects is not None:
+            self._effects.look_after()
         self.tape.phase(Phase.AFTER, "end")
 
     def _is_back(self, hold: float) -> bool:

@@ -26,6 +26,9 @@ from chaoslib.run import RunEventHandler
 from chaoslib.types import Strategy
 
 import faults
+from gameday import activities, own
+from gameday.censor import censored
+from gameday.collect import SUFFIXES, collects
 from gameday.errors import ExperimentError, GamedayError, MissingCapability
 from gameday.objectives import Objectives
 from gameday.run import Session, Spec
@@ -201,6 +204,11 @@ class _Signals(RunEventHandler):  # type: ignore[misc]
                     self._session.interrupt(number)
 
 
+class _Censored(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return censored(super().format(record))
+
+
 @contextmanager
 def _log_to(directory: Path) -> Iterator[None]:
     """chaoslib's log belongs to the record, not to the console."""
@@ -212,7 +220,7 @@ def _log_to(directory: Path) -> Iterator[None]:
     except OSError as wrong:
         raise ExperimentError(f"{directory} cannot be made: {wrong.strerror}; choose another --runs-dir.") from wrong
     handler = logging.FileHandler(directory / "chaostoolkit.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Censored("%(asctime)s %(levelname)s %(message)s"))
     was = log.propagate, log.level
     log.addHandler(handler)
     log.propagate, log.level = False, logging.INFO
@@ -293,20 +301,27 @@ def _reraise(crash: BaseException | None, session: Session) -> None:
         raise crash
 
 
-def validate(path: Path) -> Spec:
-    """Check an experiment file as `chaos validate` does, and that its spec is ours. Raises `ExperimentError`."""
+def validate(path: Path) -> str:
+    """Check an experiment file as `chaos validate` does, ours or a team's own; returns its name.
+
+    Raises `ExperimentError` with the place.
+    """
+    if collects(path):
+        theirs, spec = own.load(path)
+        activities.check(theirs, path.name, namespaces=None)
+        return spec.name
+    experiment = activities.read(path)
     try:
-        experiment = json.loads(path.read_text())
         ensure_experiment_is_valid(experiment)
         arguments = experiment["method"][0]["provider"]["arguments"]
-        return spec_from_json(arguments["spec"])
-    except OSError as wrong:
-        raise ExperimentError(f"{path} cannot be read: {wrong.strerror}.") from wrong
+        return spec_from_json(arguments["spec"]).name
     except (ValueError, InvalidExperiment, ChaosException) as wrong:
         raise ExperimentError(f"{path} is not a valid experiment: {wrong}") from wrong
-    except (KeyError, IndexError, TypeError) as wrong:
-        raise ExperimentError(f"{path} is a Chaos Toolkit experiment, but not one of gameday's.") from wrong
+    except (KeyError, IndexError, TypeError, AttributeError) as wrong:
+        raise ExperimentError(
+            f"{path} is a Chaos Toolkit experiment, but not one of gameday's: call it NAME{SUFFIXES[0]}."
+        ) from wrong
 
 
 def _write(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, default=str) + os.linesep)
+    path.write_text(censored(json.dumps(data, indent=2, default=str)) + os.linesep)

@@ -278,6 +278,15 @@ class Reach:
             track.take(found["up"], clock.now())
             track.rounds = found["n"]
 
+    def broken(self) -> tuple[str, ...]:
+        """Pairs that worked before the harm and fail now, as `zone→pod`."""
+        with self._lock:
+            return tuple(
+                f"{zone or 'prober'}→{key}"
+                for zone, key in sorted(self._usual)
+                if not self._tracks[zone].up.get(key, True) and self._tracks[zone].row[key] >= AGREE
+            )
+
     # ── judgements ──────────────────────────────────────────────────────────────────────────
 
     def silent(self, longer_than: float) -> tuple[str, ...]:

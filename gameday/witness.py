@@ -1,0 +1,165 @@
+"""Whether a team's own experiment bites, when nobody but the team knows how.
+
+Its effect is what is seen to change since its first action: a pod that goes, fails or restarts, an endpoint out of
+rotation, a node that leaves, a connection between pods that worked and does not. Where nothing of that kind is to be
+expected (latency, a DNS answer), the experiment names probes as its proof. And what was there before the first action
+must be there again at the end: new chaos resources, cordons, taints, other replicas are a mess left behind.
+"""
+
+from __future__ import annotations
+
+from faults.base import Call, Plan
+from gameday import activities, clock
+from gameday.activities import OutOfTolerance, Unreadable
+from gameday.cluster import Cluster, Obj
+from gameday.effects import GONE_WITHIN, Effects
+from gameday.errors import ClusterError
+from gameday.kinds import DEPLOYMENTS, NETWORKCHAOS, NODES, PODCHAOS, STRESSCHAOS
+from gameday.model import EndpointMark, Event, NodeMark, PodMark, Step
+from gameday.tape import Tape
+from probes.kube import Watcher
+from probes.reach import EVERY, Reach
+
+SEEN_WITHIN = 15.0  # seconds after the method until its effect must be seen
+EFFECT = "the method"
+_PODS = ("gone", "unready", "terminating", "restarted")
+_NODES = ("gone", "not ready", "cordoned")
+
+
+class Witness(Effects):
+    """The effect of a `ChaosToolkit` fault, its hypothesis, and what it leaves behind."""
+
+    def __init__(self, plan: Plan, reach: Reach, watcher: Watcher, tape: Tape, cluster: Cluster) -> None:
+        super().__init__(plan, reach, watcher, tape)
+        self._cluster = cluster
+        text = next(act.experiment for act in plan.acts if isinstance(act, Call))
+        self._own = activities.of_text(text)
+        self._before: dict[str, str] = {}
+        self._proven = False
+
+    # ── before the harm ─────────────────────────────────────────────────────────────────────
+
+    def ready(self) -> bool:
+        """Their steady state holds, and how everything was is known."""
+        for one in self._own.hypothesis:
+            try:
+                told = activities.probe(self._own, one, self._cluster.environment(), self._tape.stopping)
+            except (Unreadable, OutOfTolerance) as wrong:
+                why = f"the experiment's own steady state was not reached, nothing was injected ({wrong})"
+                self._tape.stop("inconclusive", why)
+                return False
+            self._tape.note("info", f"steady state before: {told}")
+        self._before = self._snapshot()
+        return True
+
+    def _snapshot(self) -> dict[str, str]:
+        """What an experiment could leave behind, in words: thing → how it is."""
+        found: dict[str, str] = {}
+        for kind in (PODCHAOS, NETWORKCHAOS, STRESSCHAOS):
+            if kind.plural in self._cluster.served(kind.api_version):
+                for obj in self._cluster.list(kind, self._cluster.namespace):
+                    found[f"{kind.kind} {obj['metadata']['name']}"] = "there"
+        for obj in self._cluster.list(NODES):
+            found[f"node {obj['metadata']['name']}"] = _of_node(obj)
+        for obj in self._cluster.list(DEPLOYMENTS, self._cluster.namespace):
+            found[f"deployment {obj['metadata']['name']}"] = f"{obj['spec'].get('replicas', 1)} replicas"
+        return found
+
+    # ── while it lasts ──────────────────────────────────────────────────────────────────────
+
+    def prove_all(self, since: clock.Instant) -> bool:
+        """Wait until it is seen to act; stop where it is not."""
+        if self._own.proofs:
+            self._proven = self._prove_by_probes()
+            return self._proven
+        until = clock.now() + SEEN_WITHIN
+        while not (told := self._changed(since)) and clock.now() < until and not self._tape.stopped:
+            clock.pause(EVERY, self._tape.stopping)
+        if not told:
+            told = "nothing was seen to change: name probes that show the effect (extensions, gameday, proof)"
+            self._tape.mark(Step.EFFECT, False, EFFECT, told)
+            self._tape.stop("inconclusive", f"the method ran, but {told}")
+            return False
+        self._tape.mark(Step.EFFECT, True, EFFECT, told, since=since)
+        self._proven = True
+        return True
+
+    def _prove_by_probes(self) -> bool:
+        told = []
+        for one in self._own.proofs:
+            try:
+                told.append(activities.probe(self._own, one, self._cluster.environment(), self._tape.stopping))
+            except (Unreadable, OutOfTolerance) as wrong:
+                self._tape.mark(Step.EFFECT, False, EFFECT, str(wrong))
+                self._tape.stop("inconclusive", f"the method ran, but its proof does not show the effect: {wrong}")
+                return False
+        self._tape.mark(Step.EFFECT, True, EFFECT, "; ".join(told))
+        return True
+
+    def _changed(self, since: clock.Instant) -> str:
+        found = [told for event in tuple(self._tape.events) if event.t >= since and (told := _change(event))]
+        found += [f"{pair} fails" for pair in self._reach.broken()]
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        return ", ".join(found[:4]) + more
+
+    def demand_detection(self) -> None:
+        """Right before the heal: what the experiment names as proof must still hold."""
+        if self._proven and self._own.proofs and not self._tape.stopped:
+            self._proven = self._prove_by_probes()
+
+    # ── after it ────────────────────────────────────────────────────────────────────────────
+
+    def see_gone(self, cluster: Cluster, run: str) -> None:
+        """Everything is again as it was before the first action."""
+        until = clock.now() + GONE_WITHIN
+        told = "not looked at"
+        while True:
+            try:
+                now = self._snapshot()
+                told = ", ".join(_differences(self._before, now))
+                if not told:
+                    self._tape.mark(Step.GONE, True, EFFECT, "chaos resources, nodes and replicas are as before")
+                    return
+            except ClusterError as wrong:
+                told = str(wrong)
+            if clock.now() >= until:
+                break
+            clock.pause(0.5)
+        self._tape.mark(Step.GONE, False, EFFECT, f"left behind: {told}")
+
+    def look_after(self) -> None:
+        for one in self._own.hypothesis:
+            try:
+                told = activities.probe(self._own, one, self._cluster.environment())
+            except OutOfTolerance as wrong:
+                self._tape.note("fail", f"the experiment's own steady state after: {wrong}")
+            except Unreadable as wrong:
+                self._tape.note("inconclusive", f"the experiment's own steady state after: {wrong}")
+            else:
+                self._tape.note("info", f"steady state after: {told}")
+
+
+def _of_node(obj: Obj) -> str:
+    spec = obj.get("spec", {})
+    # Taints of the node controller come and go with the node's health; they are not the experiment's to undo.
+    taints = sorted(t["key"] for t in spec.get("taints") or [] if not t["key"].startswith("node.kubernetes.io/"))
+    cordoned = "cordoned" if spec.get("unschedulable") else "schedulable"
+    return f"{cordoned}{', tainted ' + ', '.join(taints) if taints else ''}"
+
+
+def _differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What is there that was not, or is otherwise than it was. (Nodes that vanished are judged by objectives.)"""
+    new = [f"{thing} is {how}" for thing, how in sorted(now.items()) if before.get(thing, "") != how]
+    return new + [
+        f"{thing} is gone" for thing in sorted(before) if thing.startswith("deployment ") and thing not in now
+    ]
+
+
+def _change(event: Event) -> str:
+    if isinstance(event, PodMark) and event.stage in _PODS:
+        return f"{event.pod} {event.stage}"
+    if isinstance(event, EndpointMark) and not event.ready:
+        return f"{event.pod} out of {event.service}"
+    if isinstance(event, NodeMark) and event.what in _NODES:
+        return f"{event.node} {event.what}"
+    return ""
