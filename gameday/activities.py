@@ -29,7 +29,6 @@ from chaoslib.exceptions import ChaosException
 from chaoslib.experiment import ensure_experiment_is_valid
 from chaoslib.hypothesis import within_tolerance
 from chaoslib.secret import load_secrets
-from chaoslib.types import Dry
 
 from gameday import clock
 from gameday.censor import censored, remember
@@ -281,7 +280,7 @@ class Running:
                     if context and group.get("KUBERNETES_CONTEXT", context) != context:
                         raise ExperimentError(f"its secrets name context {group['KUBERNETES_CONTEXT']}, not {context}")
                 activity = copy.deepcopy(dict(self._one.plain))
-                run = execute_activity(plain, activity, configuration, secrets, Dry.NONE)
+                run = execute_activity(plain, activity, configuration, secrets, None)
                 self._output = run.get("output")
                 if run.get("status") != "succeeded":
                     self._wrong = words(*(run.get("exception") or [run.get("status")]))
@@ -381,10 +380,10 @@ def words(*parts: Any) -> str:
 
 
 def _remember_all(secrets: Any) -> None:
-    for value in secrets.values() if isinstance(secrets, Mapping) else ():
-        if isinstance(value, str):
+    for key, value in secrets.items() if isinstance(secrets, Mapping) else ():
+        if isinstance(value, str) and key != "KUBERNETES_CONTEXT":  # a name, which errors may tell
             remember(value)
-        else:
+        elif not isinstance(value, str):
             _remember_all(value)
 
 

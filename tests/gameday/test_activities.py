@@ -1,0 +1,288 @@
+"""A team's own experiments, read and run: mistakes are told with their place, and no word is never a good word."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+import faults
+from faults import ChaosToolkit
+from faults.act import NotInjected, perform
+from faults.base import Call, Undo
+from faults.undo import undo
+from gameday import activities, clock
+from gameday.activities import OutOfTolerance, Unreadable, parse, probe, read, run
+from gameday.censor import censored
+from gameday.errors import ClusterError, ExperimentError, HealError
+from gameday.login import Login
+from gameday.own import load
+
+HERE = "tests_activities_theirs"
+THEIRS = """
+import os, time
+def nothing(): return True
+def says(value): return value
+def nan(): return float("nan")
+def raises(): raise RuntimeError("boom")
+def leaves(): raise SystemExit(0)
+def interrupts(): raise KeyboardInterrupt
+def sleeps(seconds): time.sleep(seconds); return True
+def context(): return os.environ["KUBERNETES_CONTEXT"]
+def uses(secrets=None): raise RuntimeError("refused " + secrets["password"])
+"""
+ENVIRONMENT = {"KUBECONFIG": "/nonexistent", "KUBERNETES_CONTEXT": "staging"}
+
+
+@pytest.fixture(autouse=True)
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"{HERE}.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, HERE, raising=False)
+
+
+def act(func: str, kind: str = "action", *, arguments: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    provider: dict[str, Any] = {"type": "python", "module": HERE, "func": func}
+    if arguments:
+        provider["arguments"] = arguments
+    return {"type": kind, "name": more.pop("name", func), "provider": provider | more.pop("provider", {}), **more}
+
+
+def experiment(*method: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"version": "1.0.0", "title": "Theirs", "description": "d", "method": list(method), **more}
+
+
+def own(*method: dict[str, Any], **more: Any) -> activities.Own:
+    return parse(experiment(*method, **more), "x.chaos.yaml")
+
+
+def only_probe(*, tolerance: Any, arguments: dict[str, Any] | None = None, func: str = "says") -> str:
+    found = own(act("nothing"), act(func, "probe", arguments=arguments, tolerance=tolerance))
+    return probe(found, found.method[1], ENVIRONMENT)
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("x.chaos.yaml", "method: [\n  - a: {", "x.chaos.yaml:2:"),
+        ("x.chaos.json", '{"method": [,]}', "x.chaos.json:1:13: not JSON"),
+        ("x.chaos.yaml", "- a\n- b\n", "is a mapping, not a list"),
+        ("x.chaos.yaml", "title: x\nmethod: {}\n", "x.chaos.yaml: method must be a list"),
+        ("x.chaos.yaml", "title: x\n", "method has no action: nothing would be broken"),
+        ("x.chaos.yaml", "method: [{name: a, type: act}]", "method[0]: an activity has a name and the type"),
+        ("x.chaos.yaml", "method: [{ref: elsewhere}]", "method[0]: there is no activity 'elsewhere'"),
+        ("x.chaos.yaml", "method: [{name: a, type: action, background: true}]", "background activities cannot"),
+        ("x.chaos.yaml", "secrets: {k8s: {token: abc}}\nmethod: []", "secrets.k8s.token: a secret must not be written"),
+        ("x.chaos.yaml", "controls: [{name: c}]\nmethod: []", "controls: gameday does not run them"),
+        (
+            "x.chaos.yaml",
+            "steady-state-hypothesis: {probes: [{name: p, type: probe}]}\nmethod: [{name: a, type: action}]",
+            "probe 'p' has no tolerance",
+        ),
+        (
+            "x.chaos.yaml",
+            "method: [{name: a, type: action}]\nextensions: [{name: gameday, last: 3}]",
+            "extensions[gameday].last: there is no such key",
+        ),
+        (
+            "x.chaos.yaml",
+            "method: [{name: a, type: action}]\nextensions: [{name: gameday, lasting: -1}]",
+            "extensions[gameday].lasting: -1",
+        ),
+        (
+            "x.chaos.yaml",
+            "method: [{name: a, type: action}]\nextensions: [{name: gameday, traffic: {per_second: -1}}]",
+            "extensions[gameday].traffic: ",
+        ),
+        (
+            "x.chaos.yaml",
+            "method: [{name: a, type: action}]\nextensions: [{name: gameday, objectives: {before: [{type: Sucess}]}}]",
+            "extensions[gameday].objectives: ",
+        ),
+    ],
+)
+def test_mistakes_are_told_with_their_place(tmp_path: Path, name: str, text: str, told: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ExperimentError) as wrong:
+        load(tmp_path / name)
+    assert told in str(wrong.value) and "\n" not in str(wrong.value)
+
+
+def test_a_broken_file_is_a_collection_error_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "x.chaos.yaml").write_text("method: [\n  - a: {")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "gameday.plugin"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "x.chaos.yaml:2:" in done.stdout and "Traceback" not in done.stdout, done.stdout
+
+
+def test_collection_runs_none_of_their_code(tmp_path: Path) -> None:
+    (tmp_path / f"{HERE}.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / "night.chaos.json").write_text(json.dumps(experiment(act("nothing"))))
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "gameday.plugin", "-k", "night"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and "night.chaos.json::night" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_the_file_says_to_gameday_is_used(tmp_path: Path) -> None:
+    extension = {
+        "name": "gameday",
+        "lasting": 90,
+        "traffic": {"per_second": 3},
+        "objectives": {"before": [{"type": "Success", "at_least": 0.9}], "after": []},
+    }
+    path = tmp_path / "x.chaos.yaml"
+    path.write_text(yaml.safe_dump(experiment(act("nothing"), extensions=[extension])))
+    _, spec = load(path)
+    assert spec.name == "x" and spec.fault.lasting == 90 and spec.objectives.before[0].at_least == 0.9  # type: ignore[attr-defined]
+    again = faults.from_json(faults.to_json(spec.fault))
+    assert again == spec.fault, "experiment.json repeats it under plain `chaos run`"
+    path.write_text(yaml.safe_dump(experiment(act("nothing", pauses={"before": 20, "after": 25}))))
+    assert load(path)[1].fault.lasting == 45, "as long as its pauses"
+
+
+def test_references_are_followed() -> None:
+    found = own(act("nothing"), {"ref": "nothing"}, rollbacks=["nothing"])
+    assert [one.name for one in found.method] == ["nothing", "nothing"] and found.rollbacks[0].action
+
+
+# ── probes ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("value", "tolerance"),
+    [(True, True), (200, 200), (0.5, [0, 1]), ("ok", "ok"), ({"status": 204}, [200, 204])],
+)
+def test_what_is_tolerated(value: Any, tolerance: Any) -> None:
+    assert only_probe(tolerance=tolerance, arguments={"value": value}).startswith("says: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "tolerance"), [(False, True), (500, 200), (1.5, [0, 1]), ("no", "ok"), ({"status": 500}, [200, 204])]
+)
+def test_what_is_not_tolerated(value: Any, tolerance: Any) -> None:
+    with pytest.raises(OutOfTolerance, match="not within"):
+        only_probe(tolerance=tolerance, arguments={"value": value})
+
+
+@pytest.mark.parametrize(
+    ("value", "tolerance"),
+    [(None, True), (None, [0, 1]), ("text", [0, 1]), (1, None), (3, {"type": "range", "range": "no range"})],
+)
+def test_no_word_is_not_a_good_word(value: Any, tolerance: Any) -> None:
+    """chaoslib lets an exception escape here, without a journal, and without rollbacks."""
+    with pytest.raises((Unreadable, OutOfTolerance)) as told:
+        only_probe(tolerance=tolerance, arguments={"value": value})
+    assert value is not None or isinstance(told.value, Unreadable)
+
+
+RAISING = [("raises", "boom"), ("leaves", "SystemExit"), ("interrupts", "KeyboardInterrupt")]
+
+
+@pytest.mark.parametrize(("func", "told"), [("nan", "returned nan"), *RAISING])
+def test_nan_and_every_way_of_raising_is_no_word(func: str, told: str) -> None:
+    with pytest.raises(Unreadable, match=told):
+        only_probe(tolerance=[0, 1], func=func)
+
+
+# ── actions ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def call(found: activities.Own, number: int = 0, stop: threading.Event | None = None) -> str:
+    cluster: Any = SimpleNamespace(environment=lambda: ENVIRONMENT)
+    return perform(cluster, Call("1. x", found.text, number, found.method[number].action), stop or threading.Event())
+
+
+@pytest.mark.parametrize(("func", "told"), RAISING)
+def test_a_raising_action_is_not_injected(func: str, told: str) -> None:
+    with pytest.raises(NotInjected, match=told):
+        call(own(act(func)))
+
+
+def test_a_stop_does_not_wait_for_an_action_or_a_pause() -> None:
+    stop = threading.Event()
+    threading.Timer(0.3, stop.set).start()
+    begun = clock.now()
+    with pytest.raises(NotInjected, match="has not ended"):
+        call(own(act("sleeps", arguments={"seconds": 20})), stop=stop)
+    assert clock.now() - begun < 10
+    with pytest.raises(NotInjected, match="stopped before 'nothing'"):
+        call(own(act("nothing", pauses={"before": 60})), stop=stop)
+    assert clock.now() - begun < 10
+
+
+def test_an_action_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activities, "LONGEST", 0.2)
+    found = own(act("sleeps", arguments={"seconds": 5}))
+    with pytest.raises(Unreadable, match="has not ended"):
+        run(found, found.method[0], ENVIRONMENT)
+
+
+def test_their_code_meets_the_named_cluster_and_no_other() -> None:
+    found = own(act("context"))
+    assert run(found, found.method[0], ENVIRONMENT) == "staging"
+    other = {"k8s": {"KUBERNETES_CONTEXT": {"type": "env", "key": "THEIR_CONTEXT"}}}
+    found = own(act("context"), secrets=other)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THEIR_CONTEXT", "production")
+        with pytest.raises(Unreadable, match="its secrets name context production, not staging"):
+            run(found, found.method[0], ENVIRONMENT)
+
+
+def test_a_kubeconfig_that_would_lead_elsewhere_is_refused(tmp_path: Path) -> None:
+    clusters = [{"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}]
+    contexts = [{"name": "staging", "context": {"cluster": "c"}}, {"name": "prod", "context": {"cluster": "c"}}]
+    path = tmp_path / "config"
+    path.write_text(yaml.safe_dump({"clusters": clusters, "contexts": contexts, "current-context": "prod"}))
+    with pytest.raises(ClusterError, match="kubectl config use-context staging"):
+        Login(context="staging", files=str(path)).environment()
+    assert Login(context="prod", files=str(path)).environment()["KUBERNETES_CONTEXT"] == "prod"
+    with pytest.raises(ClusterError, match="Name one kubeconfig"):
+        Login(context="prod", files=f"{path}:{path}").environment()
+
+
+def test_secrets_of_theirs_are_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THEIR_PASSWORD", "correct-horse-battery")
+    secrets = {"db": {"password": {"type": "env", "key": "THEIR_PASSWORD"}}}
+    found = own(act("uses", provider={"secrets": ["db"]}), secrets=secrets)
+    with pytest.raises(Unreadable, match=r"refused \*\*\*"):
+        run(found, found.method[0], ENVIRONMENT)
+    assert "horse" not in found.text and "horse" not in censored("x correct-horse-battery y")
+
+
+# ── rollbacks ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_rollbacks_all_run_and_one_that_raises_is_an_error(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    provider = {"type": "process", "path": "touch", "arguments": str(mark)}
+    touch = {"type": "action", "name": "touch", "provider": provider}
+    found = own(act("nothing"), rollbacks=[act("raises"), touch])
+    entry = Undo("rollback", "rollbacks", "Theirs", value=found.text)
+    cluster: Any = SimpleNamespace(environment=lambda: ENVIRONMENT)
+    with pytest.raises(HealError, match=r"rollback 'raises' raised: .*boom.*by hand: run the rollbacks"):
+        undo(cluster, entry, within=10)
+    assert mark.exists()
+    good = own(act("nothing"), rollbacks=[touch])
+    assert undo(cluster, Undo("rollback", "rollbacks", "Theirs", value=good.text), within=10) == "1 rollback(s) done"
+
+
+def test_without_rollbacks_it_is_one_shot() -> None:
+    assert ChaosToolkit(own(act("nothing")).text, 30).one_shot
+    assert not ChaosToolkit(own(act("nothing"), rollbacks=[act("nothing")]).text, 30).one_shot
+
+
+def test_reading_says_what_it_cannot_read(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="cannot be read: No such file"):
+        read(tmp_path / "none.chaos.yaml")
