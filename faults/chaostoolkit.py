@@ -40,7 +40,7 @@ class ChaosToolkit:
                 title=own.title,
                 one_shot=self.one_shot,
                 lasting=self.lasting,
-                pods=tuple(sorted(pod.key for pod in view.ready)),
+                pods=(),  # nobody knows before it acts
                 fidelity=(
                     "Whatever its actions do; they choose their targets themselves.",
                     "Its effect is proven by what is seen to change: pods, endpoints, nodes, connections between pods, "
