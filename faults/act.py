@@ -67,7 +67,9 @@ def selected_nothing(obj: Obj) -> bool:
     return not records(obj) and condition(obj, "Selected") == "False"
 
 
-def perform(cluster: Cluster, act: Act, stop: threading.Event, emit: Emit = lambda _: None) -> str:
+def perform(  # noqa: PLR0911 - a line for each kind of act
+    cluster: Cluster, act: Act, stop: threading.Event, emit: Emit = lambda _: None
+) -> str:
     """Do it and wait for the control proof; returns what was proven, in words. Raises `NotInjected`.
 
     `emit` hears of what happens meanwhile: each eviction that was accepted or refused.
