@@ -17,15 +17,20 @@ from gameday.model import FaultFacts
 
 HOLDS = 30.0  # seconds by which the Job holds them stopped beyond the heal that we intend
 
-# Processes are found by what kubelet mounts into every container of a pod (…/pods/<uid>/…), whatever the runtime and
-# the cgroup driver; by their command line where only some are meant. What is started later is never touched.
-FREEZE = """\
+# Processes are found by the /etc/hosts that kubelet mounts into every container of a pod (from …/pods/<uid>/…),
+# whatever the runtime and the cgroup driver; by their command line where only some are meant. The host's own processes
+# see the pods' volumes as well, as mount points: what counts is where a mount comes *from*, and never the host's own
+# mount namespace. What is started later is never touched.
+ITS_HOSTS = "^[0-9]+ [0-9]+ [0-9:]+ [^ ]*/pods/$POD_UID/[^ ]* /etc/hosts "
+FREEZE = f"""\
+host=$(readlink /proc/1/ns/mnt)
 stopped=
-resume() { for p in $stopped; do kill -CONT "$p" 2>/dev/null; done; }
+resume() {{ for p in $stopped; do kill -CONT "$p" 2>/dev/null; done; }}
 trap 'resume; exit 0' TERM INT
 for d in /proc/[0-9]*; do
-  p=${d#/proc/}
-  grep -q "pods/$POD_UID/" "$d/mountinfo" 2>/dev/null || continue
+  p=${{d#/proc/}}
+  [ "$(readlink "$d/ns/mnt")" != "$host" ] || continue
+  grep -Eq "{ITS_HOSTS}" "$d/mountinfo" 2>/dev/null || continue
   tr '\\0' ' ' < "$d/cmdline" 2>/dev/null | grep -Eq "$PATTERN" && stopped="$stopped $p"
 done
 if [ -z "$stopped" ]; then echo "no process of pod $POD_NAME matches $PATTERN"; exit 1; fi

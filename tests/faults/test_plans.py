@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from faults import (
 )
 from faults.act import NotInjected, injected, manifests, selected_nothing
 from faults.base import Apply, Cordon, Cut, Dead, Detected, Evict, Fault, Job, Mute, Roll, View, harmful
+from faults.freeze import FREEZE, ITS_HOSTS
 from gameday.cluster import Node, Pod, Workload
 from gameday.errors import ExperimentError, TargetError
 
@@ -375,3 +377,28 @@ def test_a_selector_that_selected_nothing_is_told_from_one_that_has_not_looked_y
     assert not selected_nothing(chaos([], selected="True"))
     assert not selected_nothing(chaos(["Not Injected"], selected="False")), "conditions lag the records"
     assert not injected(chaos([], selected="False"), 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "its"),
+    [
+        # what a container sees: ext4, /var/lib/kubelet on a disk of its own, the sandbox
+        ("1010 998 259:1 /var/lib/kubelet/pods/UID/etc-hosts /etc/hosts rw,relatime - ext4 /dev/root rw", True),
+        ("1010 998 259:1 /pods/UID/etc-hosts /etc/hosts rw,relatime - xfs /dev/nvme1n1 rw", True),
+        ("75 60 0:31 /run/gd/nodes/node-a-1/pods/UID/hosts /etc/hosts rw - tmpfs tmpfs rw", True),
+        # what every process of the host sees of that pod, and what other pods see
+        (
+            "410 29 0:88 / /var/lib/kubelet/pods/UID/volumes/kubernetes.io~projected/kube-api-access rw - tmpfs x rw",
+            False,
+        ),
+        ("411 29 259:1 / /host/var/lib/kubelet/pods/UID/volumes/x rw - ext4 /dev/root rw", False),
+        ("1010 998 259:1 /var/lib/kubelet/pods/OTHER/etc-hosts /etc/hosts rw,relatime - ext4 /dev/root rw", False),
+        ("1011 998 259:1 /var/lib/kubelet/pods/UID/volumes/x /data rw,relatime - ext4 /dev/root rw", False),
+    ],
+)
+def test_only_a_pods_own_processes_are_stopped_never_the_hosts(line: str, its: bool) -> None:
+    """The host's kubelet and runtime see every pod's volumes too: stopping them would stop the node."""
+    pattern = ITS_HOSTS.replace("$POD_UID", "UID")
+    found = subprocess.run(["grep", "-Eq", pattern], input=line, text=True, check=False)
+    assert (found.returncode == 0) is its
+    assert ITS_HOSTS in FREEZE and '!= "$host"' in FREEZE
