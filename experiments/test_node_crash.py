@@ -4,12 +4,16 @@ Hypothesis: its connections hang, since nobody closes them, and still the others
 the machine boots again and its pods serve again.
 """
 
+import pytest
+
 from faults import NodeCrash
 from gameday.experiment import Run
 from gameday.objectives import FirstToken, NodesReady, NothingLeftBehind, Recovers, Replicas, Success, UnbrokenStreams
 from gameday.units import seconds
 from loadgen.traffic import Chat
 from probes.profiles import SANDBOX_GATEWAY
+
+pytestmark = pytest.mark.thorough
 
 # What Prometheus says of the gateways' first tokens: users' own view, from the other side.
 SERVED_IN_TIME = SANDBOX_GATEWAY.first_token_within(seconds(1), window="5s").at_least(0.9)

@@ -4,6 +4,8 @@ Hypothesis: the disruption budget lets one engine go at a time and refuses the o
 all evictions happen in the end, no stream breaks, and users notice nothing.
 """
 
+import pytest
+
 from faults import NodeDrain
 from gameday.experiment import Run
 from gameday.objectives import (
@@ -19,6 +21,8 @@ from gameday.objectives import (
 from gameday.units import seconds
 from loadgen.traffic import Chat
 from probes.profiles import SANDBOX_GATEWAY
+
+pytestmark = pytest.mark.thorough
 
 # What Prometheus says of the gateways' first tokens: users' own view, from the other side.
 SERVED_IN_TIME = SANDBOX_GATEWAY.first_token_within(seconds(1), window="5s").at_least(0.9)

@@ -4,12 +4,16 @@ Hypothesis: users lose at most the streams that ran on it; the gateways leave it
 rotation, and liveness restarts it before anybody repairs anything.
 """
 
+import pytest
+
 from faults import PodHang
 from gameday.experiment import Run
 from gameday.objectives import FirstToken, NothingLeftBehind, Recovers, Replicas, Success, UnbrokenStreams
 from gameday.units import seconds
 from loadgen.traffic import Chat
 from probes.profiles import SANDBOX_GATEWAY
+
+pytestmark = pytest.mark.thorough
 
 # What Prometheus says of the gateways' first tokens: users' own view, from the other side.
 SERVED_IN_TIME = SANDBOX_GATEWAY.first_token_within(seconds(1), window="5s").at_least(0.9)

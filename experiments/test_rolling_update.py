@@ -4,6 +4,8 @@ Hypothesis: nobody notices. New pods are ready before old ones go, capacity neve
 way back, which the heal takes, is just as quiet.
 """
 
+import pytest
+
 from faults import RollingUpdate
 from gameday.experiment import Run
 from gameday.objectives import (
@@ -19,6 +21,8 @@ from gameday.objectives import (
 from gameday.units import seconds
 from loadgen.traffic import Chat
 from probes.profiles import SANDBOX_GATEWAY
+
+pytestmark = pytest.mark.thorough
 
 # What Prometheus says of the gateways' first tokens: users' own view, from the other side.
 SERVED_IN_TIME = SANDBOX_GATEWAY.first_token_within(seconds(1), window="5s").at_least(0.9)
