@@ -208,10 +208,10 @@ def not_begun(name: str, text: str, verdict: Verdict = Verdict.ERROR) -> Judgeme
     return Judgement(name, verdict, (finding,), None, Counts(), 0, "", f"pytest experiments -k {name}")
 
 
-def directory_of(judgement: Judgement, seed: int) -> str:
-    """The name of its directory; trials have one each, and a seed each, counted from the run's."""
-    trial = judgement.seed - seed + 1
-    return judgement.experiment if trial <= 1 else f"{judgement.experiment}.{trial}"
+def directory_of(judgement: Judgement, root: Path) -> Path:
+    """Where its record is: every trial has a directory of its own."""
+    found = verdicts.entries(root) if root.is_dir() else ()
+    return next((e.dir for e in found if e.judgement == judgement), root / judgement.experiment)
 
 
 def remember(item: pytest.Item, judgement: Judgement) -> None:

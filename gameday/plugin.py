@@ -164,8 +164,8 @@ def _properties(judgement: Judgement, config: pytest.Config) -> list[tuple[str, 
     found += [(name, getattr(counts, name)) for name in ("planned", "ok", "failed", "shed", "censored")]
     heavy = _heavy()
     if heavy.OPENED in config.stash:
-        arena = config.stash[heavy.OPENED].arena
-        found.append(("run_dir", str(arena.root / heavy.directory_of(judgement, arena.seed))))
+        root = config.stash[heavy.OPENED].arena.root
+        found.append(("run_dir", str(heavy.directory_of(judgement, root))))
     return found
 
 

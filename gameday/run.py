@@ -243,7 +243,7 @@ class Session:
             prometheus=settings.prometheus,
             scrape_interval=settings.scrape_interval,
             objectives_from=arena.objectives_from if self._overridden else "experiment",
-            reproduce=arena.reproduce(self.spec.name),
+            reproduce=again(arena.reproduce(self.spec.name), self._trial),
             command=tuple(sys.argv),
             versions=_versions(),
             settings={key: str(value) for key, value in settings.model_dump(exclude={"objectives"}).items()},
@@ -585,3 +585,8 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def again(command: str, trial: int) -> str:
+    """The command that repeats a trial: a later one's load comes from seed and number, so it takes those before."""
+    return command if trial == 1 else f"{command} --trials {trial}"

@@ -17,7 +17,7 @@ from gameday.kinds import CONFIGMAPS, NODES
 from gameday.ledger import Ledger
 from gameday.model import FaultFacts, FaultMark, Note, Step
 from gameday.objectives import Objectives, Recovers, Success
-from gameday.run import Session, Spec
+from gameday.run import Session, Spec, again
 from gameday.settings import load
 from loadgen.traffic import Chat
 
@@ -164,3 +164,8 @@ def test_windows_that_prometheus_cannot_confirm_are_refused(tmp_path: Path) -> N
 
 def test_a_selector_that_we_cannot_follow_is_refused(tmp_path: Path) -> None:
     refuse(tmp_path, spec(), "key=value", selector="app in (a, b)")
+
+
+def test_a_later_trial_is_repeated_by_as_many_trials() -> None:
+    assert again("pytest experiments -k x --seed 7", 1) == "pytest experiments -k x --seed 7"
+    assert again("pytest experiments -k x --seed 7", 3) == "pytest experiments -k x --seed 7 --trials 3"

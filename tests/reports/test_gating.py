@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_gate import NOISE, run
+
+from gameday import record
+from gameday.experiment import directory_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,6 +95,15 @@ def test_a_regression_is_not_green_though_every_test_passed(tmp_path: Path, runs
     assert "1 passed" in done.stdout and "gate CLOSED" in done.stdout
     assert "REGRESSED  zone_outage  first token p95" in done.stdout
     assert "gate CLOSED" in page.read_text(encoding="utf-8")
+
+
+def test_the_properties_name_the_trial_s_own_directory(runs: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(runs / "usual" / "run-9", tmp_path / "run-9")
+    shutil.copytree(runs / "failed" / "run-12" / "zone_outage", root / "zone_outage.2")
+    for name in ("zone_outage", "zone_outage.2"):
+        assert directory_of(record.read_verdict(root / name), root) == root / name
+    never = replace(record.read_verdict(root / "zone_outage"), experiment="pod_kill")
+    assert directory_of(never, root) == root / "pod_kill"
 
 
 def test_no_gate_is_asked_for_so_none_is_held(tmp_path: Path, runs: Path) -> None:
