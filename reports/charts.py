@@ -428,7 +428,7 @@ def waterfall(recovery: Recovery, limit: float | None, *, kept: bool) -> Plot:
     plot = figure(
         height=80 + 26 * len(names),
         sizing_mode="stretch_width",
-        x_range=(0, end * 1.12),
+        x_range=(0, end * 1.3),
         y_range=(-0.6, len(names) - 0.4),
         tools="",
         toolbar_location=None,

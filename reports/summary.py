@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from gameday.clock import Epoch
@@ -40,8 +41,14 @@ def _felt(during: view.PhaseFigures, before: view.PhaseFigures | None) -> str:
     told = f"Meanwhile {told}"
     if during.broken:
         told += f", {during.broken:,} of them in mid-stream"
-    told += f"; the first token took {words.quantity(during.p95, 's')} (p95)"
+    told += f"; {_first_token(during.p95)}"
     return f"{told}, {words.quantity(before.p95, 's')} before." if before and before.p95 is not None else f"{told}."
+
+
+def _first_token(p95: float | None) -> str:
+    if p95 == math.inf:
+        return "one in twenty or more never got a first token (p95)"
+    return f"the first token took {words.quantity(p95, 's')} (p95)"
 
 
 def _recovery(judgement: Judgement) -> str:

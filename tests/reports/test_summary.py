@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import synthetic
 
 from gameday.model import FaultMark, Judgement, Phase, Reply, Sample, Timeline, Verdict
 from gameday.units import show_share
-from reports import series, summary, view
+from reports import html, series, summary, view
 
 
 def told(made: Timeline) -> str:
@@ -27,7 +28,15 @@ def test_a_pass_is_told() -> None:
 
 
 def test_a_recovery_by_the_heal_is_not_told_as_one() -> None:
-    assert "(recovered only by the heal)." in told(synthetic.broken())
+    text = told(synthetic.broken())
+    assert "(recovered only by the heal)." in text
+    assert "one in twenty or more never got a first token (p95), 250 ms before." in text
+
+
+def test_what_never_came_is_no_missing_data() -> None:
+    made = synthetic.broken()
+    page = html.render(made, synthetic.judged(made))
+    assert re.search(r"first token p95 ≤ 1.5 s</strong></td><td[^>]*>never</td>", page)
 
 
 def test_something_left_is_shouted() -> None:
