@@ -14,6 +14,12 @@ from probes.reach import EVERY, LOST, Reach, Seen
 GONE_WITHIN = 10.0  # seconds after the undo until the effect must be seen to be gone
 
 
+def lasting(plan: Plan) -> tuple[str, ...]:
+    """The acts whose effect lasts until the heal, by name."""
+    proofs = ((act.what, getattr(act, "proof", None)) for act in plan.acts)
+    return tuple(what for what, proof in proofs if isinstance(proof, Cut | Dead) and proof.lasting)
+
+
 class Effects:
     """The proofs of one plan's acts."""
 
@@ -64,8 +70,7 @@ class Effects:
 
     def watch(self) -> None:
         """A lasting effect must be seen until the heal; detectors' reports are noted when they come."""
-        lasting = any(getattr(getattr(act, "proof", None), "lasting", False) for act in self._plan.acts)
-        if lasting and (silent := self._reach.silent(EVERY * LOST * 3)):
+        if lasting(self._plan) and (silent := self._reach.silent(EVERY * LOST * 3)):
             why = f"the prober in zone {silent[0]} fell silent, so that the fault cannot be seen"
             self._tape.stop("inconclusive", why)
         for act in self._plan.acts:
@@ -79,6 +84,18 @@ class Effects:
                     self._tape.stop("inconclusive", why)
             if isinstance(act, Job) and isinstance(proof, Detected):
                 self._detected(proof)
+
+    def last_look(self) -> None:
+        """Right before the heal: what lasts must still be seen, or nobody knows for how long it acted."""
+        for act in self._plan.acts:
+            if act.what not in lasting(self._plan):
+                continue
+            until, seen = clock.now() + EVERY * LOST, self.look(act)
+            while not seen.holds and clock.now() < until:
+                clock.pause(EVERY / 2)
+                seen = self.look(act)
+            silent = self._reach.silent(EVERY * LOST * 3)
+            self._tape.mark(Step.EFFECT, seen.holds and not silent, act.what, seen.detail)
 
     def _detected(self, proof: Detected) -> bool:
         if proof.node in self._reported:

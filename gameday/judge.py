@@ -7,6 +7,7 @@ ERROR > anything; a run that is not sound is INCONCLUSIVE whatever its findings;
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -39,6 +40,7 @@ RUN_QUEUE = 0.05  # share of a second that a load worker may wait for a CPU
 DELAY = 0.010  # seconds of schedule delay (p99) that are still the service's latency and not ours
 SATURATED_SHARE = 0.05  # of a phase's seconds; what they can hide is said in `fit`
 SILENT = 3.0  # seconds without a heartbeat after which a worker is taken for lost
+LAST_LOOK = 3.0  # seconds before the heal within which a lasting effect must have been seen
 FEWEST_REQUESTS = 50  # in every judged phase
 
 
@@ -285,10 +287,8 @@ def _proven(timeline: Timeline) -> Finding:
     """The control plane says that it is injected, and someone else saw that it acts, until the heal."""
     title = "fault proven"
     harm, undo = first(timeline, Step.APPLY), first(timeline, Step.UNDO)
-    if harm is None:
-        return _run(title, INCONCLUSIVE, "no harm was sent")
-    if first(timeline, Step.LEDGER, ok_only=True) is None:
-        return _run(title, INCONCLUSIVE, "no undo was written before the harm")
+    if harm is None or first(timeline, Step.LEDGER, ok_only=True) is None:
+        return _run(title, INCONCLUSIVE, "no harm was sent" if harm is None else "no undo was written before the harm")
     limit = undo if undo is not None and not timeline.fault.one_shot else float("inf")
     for step, what in ((Step.INJECTED, "injected by the control plane"), (Step.EFFECT, "seen to act")):
         some = [m for m in marks(timeline, step) if harm <= m.t <= limit]
@@ -302,7 +302,17 @@ def _proven(timeline: Timeline) -> Finding:
         lost = _lost(some)
         if lost is not None and not timeline.fault.one_shot:
             return _run(title, INCONCLUSIVE, f"{lost.what or step.value} was lost before the heal: {lost.detail}")
+    until = undo if undo is not None and not timeline.fault.one_shot else harm  # without a heal: see `_healed`
+    if unseen := _unseen_at_last(timeline, until):
+        told = f"nobody saw that {', '.join(unseen)} still acted right before the heal"
+        return _run(title, INCONCLUSIVE, told)
     return _run(title, PASS, "injected, and seen to act")
+
+
+def _unseen_at_last(timeline: Timeline, until: float) -> list[str]:
+    """Parts whose effect lasts, and which nobody saw to act in the end."""
+    looks = {m.what: m.t for m in marks(timeline, Step.EFFECT) if m.ok and m.t <= until}
+    return [what for what in timeline.fault.watched if until - looks.get(what, -math.inf) > LAST_LOOK]
 
 
 def _lost(some: list[FaultMark]) -> FaultMark | None:

@@ -331,6 +331,7 @@ class FaultFacts:
     nodes: tuple[str, ...] = ()
     zone: str = ""
     fidelity: tuple[str, ...] = ()  # what is real, what is emulated: one sentence each
+    watched: tuple[str, ...] = ()  # parts whose effect lasts, and so must be seen to act right before the heal
 
 
 @dataclass(frozen=True, slots=True)

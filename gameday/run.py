@@ -24,7 +24,7 @@ from gameday import clock, finish, leave, radius, record
 from gameday.activities import OutOfTolerance
 from gameday.clock import Epoch, Instant
 from gameday.cluster import Obj
-from gameday.effects import Effects
+from gameday.effects import Effects, lasting
 from gameday.errors import ClusterError, GamedayError, RecordError, TargetError
 from gameday.flow import DRAIN, RECENT, Flow
 from gameday.guard import Guard
@@ -127,7 +127,7 @@ class Session:
         plan = self.spec.fault.plan(view)
         unseen = radius.check(plan, view, self._settings, self._cluster)
         preflight.demand_for(plan)
-        self._plan = plan
+        self._plan = plan = replace(plan, facts=replace(plan.facts, watched=lasting(plan)))
         self._write_run()
         for one in unseen:
             self.tape.note("warning", one)
@@ -417,6 +417,7 @@ class Session:
             self._guard.harm = None
         if self._harm is not None and not self._healer.begun:
             if self._effects is not None:
+                self._effects.last_look()
                 self._effects.demand_detection()
                 self._effects.tell_uncovered()
             if not self._plan.facts.one_shot:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from faults.base import Plan
-from gameday.effects import Effects
-from gameday.model import FaultFacts, Note, PodMark
+from faults.base import Cut, Dead, Plan
+from gameday.effects import Effects, lasting
+from gameday.model import FaultFacts, FaultMark, Note, PodMark
 from gameday.tape import Tape
+from probes.reach import Seen
 
 FACTS = FaultFacts("zone partition", "zone a is cut off", one_shot=False, lasting=60, pods=("llm/p",), zone="a")
 
@@ -35,3 +36,32 @@ def test_pods_born_in_a_cut_zone_are_told() -> None:
 def test_pods_born_elsewhere_or_before_or_without_a_cut_are_not() -> None:
     assert told(*born("late", "b"), *born("early", "a", covered=True)) == []
     assert told(*born("late", "a"), cuts="") == []
+
+
+def seen_last(*holds: bool, silent: bool = False) -> list[tuple[bool, str]]:
+    """What the last look before the heal recorded, where the probers showed this one after the other."""
+    tape, looks = Tape(lambda _: None), list(holds)
+
+    def look(*_: object) -> Seen:
+        return Seen(looks.pop(0) if len(looks) > 1 else looks[0], True, 1.0, 0.0, "as the probers see it")
+
+    reach: Any = SimpleNamespace(look=look, silent=lambda _: ("a",) if silent else ())
+    acts: Any = (SimpleNamespace(what="cut", proof=Cut("a")), SimpleNamespace(what="kill", proof=Dead(("llm/p",))))
+    plan = Plan(FACTS, acts, ())
+    assert lasting(plan) == ("cut",)  # a death need not last: what is dead does not come back under its address
+    nobody: Any = SimpleNamespace()
+    Effects(plan, reach, nobody, tape).last_look()
+    return [(event.ok, event.what) for event in tape.events if isinstance(event, FaultMark)]
+
+
+def test_a_lasting_effect_is_looked_at_right_before_the_heal() -> None:
+    assert seen_last(True) == [(True, "cut")]
+
+
+def test_one_odd_look_is_not_the_end_of_it() -> None:
+    assert seen_last(False, True) == [(True, "cut")]
+
+
+def test_an_effect_that_is_gone_before_the_heal_is_recorded() -> None:
+    assert seen_last(False) == [(False, "cut")]
+    assert seen_last(True, silent=True) == [(False, "cut")]  # the prober's last word is old

@@ -182,6 +182,11 @@ VIOLATIONS: dict[str, tuple[Callable[[], Timeline], Verdict, str]] = {
         "not seen to act before the heal",
     ),
     "an effect that was lost": (lambda: add(good(), lost_at_120), OPEN, "lost before the heal"),
+    "an effect that nobody saw until the heal": (
+        lambda: replace(good(), fault=replace(FAULT, watched=("probe across the cut",))),
+        OPEN,
+        "nobody saw that probe across the cut still acted right before the heal",
+    ),
     "no undo": (lambda: drop(good(), Step.UNDO), ERROR, "no undo was sent"),
     "not recovered in the control plane": (lambda: drop(good(), Step.RECOVERED), ERROR, "never seen to be recovered"),
     "an effect that was not seen to go": (lambda: drop(good(), Step.GONE), ERROR, "never seen to be gone"),
@@ -237,6 +242,12 @@ def test_a_one_shot_fault_has_no_heal() -> None:
     assert judge(add(run, gone_again), ASKED).verdict is PASS
     failed = FaultMark(130.0, Step.HEALED, False, "pod-kill", "CR could not be deleted")
     assert judge(add(run, failed), ASKED).verdict is ERROR
+
+
+def test_a_lasting_effect_that_was_seen_until_the_heal_is_proven() -> None:
+    seen = FaultMark(UNDO - 0.1, Step.EFFECT, True, "probe across the cut", "no probe came through")
+    run = add(replace(good(), fault=replace(FAULT, watched=("probe across the cut",))), seen)
+    assert judge(run, ASKED).verdict is PASS
 
 
 def test_a_heal_that_worked_the_second_time_worked() -> None:
