@@ -40,6 +40,7 @@ RUN_QUEUE = 0.05  # share of a second that a load worker may wait for a CPU
 DELAY = 0.010  # seconds of schedule delay (p99) that are still the service's latency and not ours
 SATURATED_SHARE = 0.05  # of a phase's seconds; what they can hide is said in `fit`
 SILENT = 3.0  # seconds without a heartbeat after which a worker is taken for lost
+AIMED = 0.5  # of the answers that name a pod must come from pods that are watched; else the fault is diluted
 LAST_LOOK = 3.0  # seconds before the heal within which a lasting effect must have been seen
 FEWEST_REQUESTS = 50  # in every judged phase
 
@@ -255,8 +256,10 @@ def _aimed(timeline: Timeline) -> Finding:
         return _run(title, INCONCLUSIVE, "no answer names the pod that served it: set served_by to a header that does")
     pods = {m.pod.rsplit("/", 1)[-1] for m in of(timeline, PodMark)}
     ours = sum(1 for r in named if any(n.rsplit("/", 1)[-1] in pods for n in (r.pod, r.via) if n))
-    said = f"{ours} of {len(answers)} answers before the fault came from pods of {timeline.about.namespace}"
-    return _run(title, PASS if ours else INCONCLUSIVE, said, ours / len(answers), unit="share", samples=len(answers))
+    said = f"{ours} of {len(named)} answers before the fault came from pods of {timeline.about.namespace}"
+    share = ours / len(named)
+    status = PASS if share >= AIMED else INCONCLUSIVE
+    return _run(title, status, said, share, limit=AIMED, unit="share", samples=len(answers))
 
 
 def _steady(timeline: Timeline, findings: tuple[Finding, ...]) -> Finding:

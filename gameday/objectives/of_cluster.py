@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gameday.errors import ExperimentError
 from gameday.model import Finding, NodeMark, Phase, PodMark, Step, Timeline
-from gameday.objectives.base import ERROR, FAIL, INCONCLUSIVE, PASS, Objective, end_of, objective, suffix, unseen
+from gameday.objectives.base import (
+    ERROR,
+    FAIL,
+    INCONCLUSIVE,
+    PASS,
+    Objective,
+    check_seconds,
+    end_of,
+    objective,
+    suffix,
+    unseen,
+)
 from gameday.units import Seconds, show_duration
 from gameday.windows import fault_low, marks, of
 
@@ -52,6 +64,10 @@ class Replicas(Objective):
     at_least: int
     owner: str = ""
 
+    def __post_init__(self) -> None:
+        if self.at_least < 1:
+            raise ExperimentError(f"Replicas.at_least must be 1 or more: {self.at_least} promises nothing")
+
     @property
     def title(self) -> str:
         return f"ready replicas{suffix(self.owner or None, None)} ≥ {self.at_least}"
@@ -80,6 +96,10 @@ class Spread(Objective):
     max_skew: int = 1
     owner: str = ""
 
+    def __post_init__(self) -> None:
+        if self.max_skew < 0:
+            raise ExperimentError(f"Spread.max_skew cannot be negative, as {self.max_skew} is")
+
     @property
     def title(self) -> str:
         return f"spread over zones{suffix(self.owner or None, None)}, skew ≤ {self.max_skew}"
@@ -105,6 +125,9 @@ class NodeReplaced(Objective):
     """The fault's nodes are gone and as many new ones have become ready, by the end of the phase."""
 
     within: Seconds | None = None
+
+    def __post_init__(self) -> None:
+        check_seconds("NodeReplaced.within", self.within)
 
     @property
     def title(self) -> str:
@@ -139,6 +162,9 @@ class NodeKept(Objective):
     """
 
     for_at_least: Seconds = 660.0
+
+    def __post_init__(self) -> None:
+        check_seconds("NodeKept.for_at_least", self.for_at_least)
 
     @property
     def title(self) -> str:

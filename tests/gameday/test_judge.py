@@ -354,6 +354,10 @@ def test_load_on_another_service_is_no_result() -> None:
     found = judge(elsewhere, ASKED)
     assert found.verdict is OPEN
     assert any("0 of" in f.evidence and f.status is OPEN for f in found.findings if f.phase == "run")
+    mostly = replace(good(), replies=tuple(replace(r, pod="other-1") if r.seq % 3 else r for r in good().replies))
+    assert judge(mostly, ASKED).verdict is OPEN  # a third of the requests dilutes whatever happens to us
+    partly = replace(good(), replies=tuple(r if r.seq % 3 else replace(r, pod="other-1") for r in good().replies))
+    assert judge(partly, ASKED).verdict is PASS
     unnamed = replace(good(), replies=tuple(replace(r, pod=None) for r in good().replies))
     assert judge(unnamed, ASKED).verdict is OPEN
     waived = replace(unnamed, about=replace(unnamed.about, settings={"served_by": ""}))

@@ -629,6 +629,9 @@ def somehow() -> Objective:
         somehow, lambda: Promql("up"), lambda: Promql("up", at_most=1, at_least=1),
         lambda: Promql(" ", at_most=1), lambda: StaysUp(0), lambda: Availability(1.0), lambda: TokensPerSecond(0),
         lambda: Capacity(1.5), lambda: Alerts("", within=1), lambda: Alerts("A", within=0),
+        lambda: Replicas(0), lambda: Spread(-1), lambda: NodeReplaced(within=-1), lambda: NodeKept(0),
+        lambda: UnbrokenStreams(except_on="target"),  # type: ignore[arg-type]
+        lambda: UnbrokenStreams(at_most=-1),
     ],
 )  # fmt: skip
 def test_an_objective_that_contradicts_itself_is_refused(make: Callable[[], Objective]) -> None:
