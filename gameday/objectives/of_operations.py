@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gameday.errors import ExperimentError
 from gameday.model import EvictionMark, Finding, NodeMark, Phase, PodMark, Timeline
 from gameday.objectives.base import FAIL, PASS, Objective, check_seconds, end_of, objective, suffix, unseen
 from gameday.objectives.of_cluster import PodState, owned, pods_at
@@ -28,6 +29,8 @@ class Drained(Objective):
 
     def __post_init__(self) -> None:
         check_seconds("Drained.within", self.within)
+        if self.refused_at_least < 0:
+            raise ExperimentError(f"Drained.refused_at_least cannot be negative, as {self.refused_at_least} is")
 
     @property
     def title(self) -> str:
@@ -37,7 +40,7 @@ class Drained(Objective):
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
         harm, end = fault_low(timeline), end_of(timeline, phase)
         asked = [m for m in of(timeline, EvictionMark) if harm is not None and end is not None and harm <= m.t <= end]
-        if harm is None or end is None or not asked:
+        if harm is None or end is None or not asked or not timeline.fault.pods:
             return unseen(phase, self.title, self.within, "no eviction was asked for", "s")
         refused = [m for m in asked if m.answer == "refused"]
         accepted = {m.pod for m in asked if m.answer == "accepted"}
@@ -97,6 +100,10 @@ class NeverFewer(Objective):
     than: int
     owner: str = ""
 
+    def __post_init__(self) -> None:
+        if self.than < 1:
+            raise ExperimentError(f"NeverFewer.than must be 1 or more: {self.than} promises nothing")
+
     @property
     def title(self) -> str:
         return f"never fewer than {self.than} ready{suffix(self.owner or None, None)}"
@@ -125,6 +132,10 @@ class NodesReady(Objective):
     """So many nodes are ready when the phase ends."""
 
     at_least: int
+
+    def __post_init__(self) -> None:
+        if self.at_least < 1:
+            raise ExperimentError(f"NodesReady.at_least must be 1 or more: {self.at_least} promises nothing")
 
     @property
     def title(self) -> str:

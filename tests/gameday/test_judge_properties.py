@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from hypothesis import HealthCheck, Phase as HypothesisPhase, given, settings, strategies as st
 from planted import BEFORE, END, FAULT, HARM, UNDO, Plant, run_of
@@ -14,6 +15,7 @@ from gameday import record
 from gameday.judge import judge
 from gameday.model import (
     Event,
+    EvictionMark,
     FaultMark,
     Finding,
     Heartbeat,
@@ -35,16 +37,20 @@ from gameday.objectives import (
     Alerts,
     Availability,
     Capacity,
+    Drained,
     EndToEnd,
     FirstToken,
     Goodput,
     InterToken,
+    NeverFewer,
     NodeKept,
     NodeReplaced,
+    NodesReady,
     NothingLeftBehind,
     Objectives,
     Promql,
     Recovers,
+    Replaced,
     Replicas,
     Spread,
     StaysUp,
@@ -211,15 +217,26 @@ UP = Promql("up", at_least=1.0, series=("up",))
 DOWN = Alerts("ServiceDown", within=20.0)
 EVERYTHING = Objectives(
     before=(*ASKED.before, Spread(1)),
-    during=(*ASKED.during, UP, DOWN, Replicas(2), Spread(2), NodeReplaced(within=20.0), NodeKept(10.0)),
-    after=(*ASKED.after, Replicas(3), NothingLeftBehind()),
+    during=(
+        *ASKED.during,
+        UP,
+        DOWN,
+        Replicas(2),
+        Spread(2),
+        NodeReplaced(within=20.0),
+        NodeKept(10.0),
+        NeverFewer(2),
+        Drained(within=20.0, refused_at_least=1),
+        Replaced(within=20.0),
+    ),
+    after=(*ASKED.after, Replicas(3), NodesReady(1), NothingLeftBehind()),
 )
 """Every kind of objective there is."""
 
 
 def asked_of(replaced: bool) -> Objectives:
     """A node is replaced or kept, not both: so that all can be green."""
-    other = NodeKept if replaced else NodeReplaced
+    other = NodeKept if replaced else (NodeReplaced, Drained, Replaced)
     return replace(EVERYTHING, during=tuple(o for o in EVERYTHING.during if not isinstance(o, other)))
 
 
@@ -234,10 +251,17 @@ def everything(outs: Sequence[tuple[float, float, float]], seed: int, fires_at: 
         *(Sample(t, UP.age, "age", 0.3) for t in seconds),
         *(Sample(t, DOWN.query, "alert", 1.0 if t >= fires_at else 0.0) for t in seconds),
     ]
-    node: list[Event] = [NodeMark(HARM + 2, "node-b", "detected", "b", "Xid 79")]
+    node: list[Event] = [NodeMark(BEFORE - 4, "node-a", "ready", "a")]
+    node += [NodeMark(HARM + 2, "node-b", "detected", "b", "Xid 79")]
     if replaced:
         made = [("node-b", "gone"), ("node-n", "created"), ("node-n", "ready")]
         node += [NodeMark(HARM + 3.0 + i, name, what, "b") for i, (name, what) in enumerate(made)]
+        node += [EvictionMark(HARM + 1.0 + i, "llm/engine-b", how) for i, how in enumerate(("refused", "accepted"))]
+        node += [PodMark(HARM + 2.5, "llm/engine-b", "uid-engine-b", "gone", "node-b", "b", "engine")]
+        stages: tuple[Literal["created", "ready"], ...] = ("created", "ready")
+        node += [
+            PodMark(HARM + 6.0 + i, "llm/engine-n", "uid-n", s, "node-n", "b", "engine") for i, s in enumerate(stages)
+        ]
 
     def bad(t: float) -> bool:
         return any(start <= t < start + length and rng.random() < q for start, length, q in outs)

@@ -30,17 +30,21 @@ from gameday.objectives import (
     Alerts,
     Availability,
     Capacity,
+    Drained,
     EndToEnd,
     FirstToken,
     Goodput,
     InterToken,
+    NeverFewer,
     NodeKept,
     NodeReplaced,
+    NodesReady,
     NothingLeftBehind,
     Objective,
     Objectives,
     Promql,
     Recovers,
+    Replaced,
     Replicas,
     Spread,
     StaysUp,
@@ -580,6 +584,7 @@ def test_nothing_left_behind() -> None:
 
 EXAMPLES: tuple[Objective, ...] = (
     Alerts("Down", within=60.0, labels='severity="page"'), Availability(0.999), Capacity(0.9), EndToEnd(p99=5.0),
+    Drained(within=60.0, refused_at_least=1), NeverFewer(4), NodesReady(6), Replaced(within=60.0),
     FirstToken(p95=2.5, cls="chat"), Goodput(0.9, first_token=1.0), InterToken(p50=0.1), NodeKept(30.0),
     NodeReplaced(within=60.0), NothingLeftBehind(), Promql("up", at_least=1.0, series=("up",)), Recovers(120.0),
     Replicas(6, owner="my-llama32"), Spread(1), StaysUp(600.0), Success(0.99, zone="a"), TokensPerSecond(100.0),
@@ -631,7 +636,8 @@ def somehow() -> Objective:
         lambda: Capacity(1.5), lambda: Alerts("", within=1), lambda: Alerts("A", within=0),
         lambda: Replicas(0), lambda: Spread(-1), lambda: NodeReplaced(within=-1), lambda: NodeKept(0),
         lambda: UnbrokenStreams(except_on="target"),  # type: ignore[arg-type]
-        lambda: UnbrokenStreams(at_most=-1),
+        lambda: UnbrokenStreams(at_most=-1), lambda: NeverFewer(0), lambda: NodesReady(0),
+        lambda: Drained(refused_at_least=-1), lambda: Replaced(within=0),
     ],
 )  # fmt: skip
 def test_an_objective_that_contradicts_itself_is_refused(make: Callable[[], Objective]) -> None:
