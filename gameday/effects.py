@@ -27,6 +27,7 @@ class Effects:
         self._plan, self._reach, self._watcher, self._tape = plan, reach, watcher, tape
         self._gone: frozenset[str] = frozenset()
         self._reported: set[str] = set()  # nodes whose Xid a detector has reported
+        self._biting: set[str] = set()  # acts whose effect was proven
         self._lost: dict[str, int] = {}  # act → looks in a row without its effect
         self.signalled = 0.0  # when the signal Job ran: detections count from then on
 
@@ -65,6 +66,7 @@ class Effects:
             self._tape.stop("inconclusive", f"{act.what} was injected, but its effect was not seen: {seen.detail}")
             return False
         since = max(seen.before, since)
+        self._biting.add(act.what)
         self._tape.mark(Step.EFFECT, True, act.what, seen.detail, t=max(seen.since, since), since=since)
         return True
 
@@ -88,7 +90,7 @@ class Effects:
     def last_look(self) -> None:
         """Right before the heal: what lasts must still be seen, or nobody knows for how long it acted."""
         for act in self._plan.acts:
-            if act.what not in lasting(self._plan):
+            if act.what not in self._biting or act.what not in lasting(self._plan):
                 continue
             until, seen = clock.now() + EVERY * LOST, self.look(act)
             while not seen.holds and clock.now() < until:

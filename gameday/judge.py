@@ -315,7 +315,10 @@ def _proven(timeline: Timeline) -> Finding:
 def _unseen_at_last(timeline: Timeline, until: float) -> list[str]:
     """Parts whose effect lasts, and which nobody saw to act in the end."""
     looks = {m.what: m.t for m in marks(timeline, Step.EFFECT) if m.ok and m.t <= until}
-    return [what for what in timeline.fault.watched if until - looks.get(what, -math.inf) > LAST_LOOK]
+    # A stop condition may end a fault before all of its parts were injected.
+    cut_short = any(n.level == "fail" for n in of(timeline, Note))
+    asked = [what for what in timeline.fault.watched if what in looks or not cut_short]
+    return [what for what in asked if until - looks.get(what, -math.inf) > LAST_LOOK]
 
 
 def _lost(some: list[FaultMark]) -> FaultMark | None:

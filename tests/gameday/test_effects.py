@@ -50,8 +50,13 @@ def seen_last(*holds: bool, silent: bool = False) -> list[tuple[bool, str]]:
     plan = Plan(FACTS, acts, ())
     assert lasting(plan) == ("cut",)  # a death need not last: what is dead does not come back under its address
     nobody: Any = SimpleNamespace()
-    Effects(plan, reach, nobody, tape).last_look()
-    return [(event.ok, event.what) for event in tape.events if isinstance(event, FaultMark)]
+    effects = Effects(plan, reach, nobody, tape)
+    effects.last_look()
+    assert not tape.events  # what never came to act cannot last
+    looks[:0] = [True]
+    assert effects.prove(acts[0], 0.0)
+    effects.last_look()
+    return [(event.ok, event.what) for event in tape.events if isinstance(event, FaultMark)][1:]
 
 
 def test_a_lasting_effect_is_looked_at_right_before_the_heal() -> None:

@@ -250,6 +250,14 @@ def test_a_lasting_effect_that_was_seen_until_the_heal_is_proven() -> None:
     assert judge(run, ASKED).verdict is PASS
 
 
+def test_a_breach_before_the_fault_was_complete_is_a_failure_of_the_service() -> None:
+    """The second part was never injected, since the stop condition came first."""
+    seen = FaultMark(UNDO - 0.1, Step.EFFECT, True, "probe across the cut", "no probe came through")
+    run = add(replace(good(), fault=replace(FAULT, watched=("probe across the cut", "pod-failure"))), seen)
+    assert judge(run, ASKED).verdict is OPEN
+    assert judge(add(run, Note(125.0, "fail", "success fell to 3 %")), ASKED).verdict is FAIL
+
+
 def test_a_heal_that_worked_the_second_time_worked() -> None:
     first = FaultMark(UNDO + 0.1, Step.RECOVERED, False, "", "timeout")
     assert judge(add(good(), first), ASKED).verdict is PASS
