@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from sandbox.apiserver import conversion, crds, defaults, errors, media, patch, strategy, types, validation
+from sandbox.apiserver import conversion, crds, defaults, errors, managed, media, patch, strategy, types, validation
 from sandbox.apiserver.authn import MASTER, Identity
 from sandbox.apiserver.crds import CustomTypes
 from sandbox.apiserver.resources import Registry, Resource
@@ -37,6 +37,8 @@ class Write:
     dry_run: bool = False
     validation: str = "Warn"  # of unknown fields: Ignore, Warn or Strict
     warnings: list[str] = field(default_factory=list)  # for the client, filled by the write
+    manager: str = "unknown"  # who shall own the fields that change
+    managed: list[Obj] | None = None  # managedFields, settled already: by an apply
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,11 @@ class Page:
 class Event:
     type: ChangeType
     stored: Stored
+
+
+def _shape(res: Resource) -> managed.Shape:
+    """What server-side apply must know of a resource's type."""
+    return managed.Shape(schema=(res.custom.schema or {}) if res.custom else None)
 
 
 class Core:
@@ -195,6 +202,8 @@ class Core:
         obj = conversion.to_storage(res, self._decode(res, body, write))
         meta = {key: value for key, value in (obj.get("metadata") or {}).items() if value or key not in _DROP_EMPTY}
         meta.pop("managedFields", None)
+        if write.managed is not None:
+            meta["managedFields"] = write.managed
         if res.namespaced:
             if meta.setdefault("namespace", namespace) != namespace:
                 raise errors.bad_request(
@@ -205,14 +214,17 @@ class Core:
         obj["metadata"] = meta
         return obj
 
-    def _decode(self, res: Resource, body: Obj, write: Write) -> Obj:
+    def _known(self, res: Resource, body: Obj) -> tuple[Obj, list[str]]:
+        """The body as far as its type knows it, and the paths of what it does not know."""
         body = {**body, "kind": res.kind, "apiVersion": res.api_version}
         if res.custom is None:
-            obj, unknown = types.decode(res.api_version, res.kind, body)
-        else:
-            obj, unknown = self.custom.decode(res, body)
-            meta, more = types.decode_meta(res.version, res.kind, obj.get("metadata") or {})
-            obj, unknown = {**obj, "metadata": meta}, [*more, *unknown]
+            return types.decode(res.api_version, res.kind, body)
+        obj, unknown = self.custom.decode(res, body)
+        meta, more = types.decode_meta(res.version, res.kind, obj.get("metadata") or {})
+        return {**obj, "metadata": meta}, [*more, *unknown]
+
+    def _decode(self, res: Resource, body: Obj, write: Write) -> Obj:
+        obj, unknown = self._known(res, body)
         if unknown and write.validation == "Strict":
             listed = ", ".join(f'unknown field "{entry}"' for entry in unknown)
             raise errors.Undecodable(res.version, res.kind, f"strict decoding error: {listed}")
@@ -302,6 +314,42 @@ class Core:
         except errors.Undecodable as wrong:
             raise wrong.in_patch(new) from wrong
 
+    def apply(
+        self, res: Resource, namespace: str, name: str, body: Obj, write: Write, sub: str = "", *, force: bool = False
+    ) -> tuple[Stored, bool]:
+        """Server-side apply: (the object, whether it is new). Raises ApiError(409) on conflicts."""
+        meta = body.get("metadata") or {}
+        if meta.get("managedFields"):
+            raise errors.bad_request("metadata.managedFields must be nil")
+        if meta.setdefault("name", name) != name:
+            text = f"the name of the object ({meta['name']}) does not match the name on the URL ({name})"
+            raise errors.bad_request(text)
+        old = self.store.get(res.key, namespace, name)
+        if old is None and sub:
+            raise errors.not_found(res.group, res.plural, name)
+        wanted = self._applicable(res, {**body, "metadata": meta}, sub)
+        shown = conversion.from_storage(res, old.copy()) if old else None
+        owner = managed.Owner(write.manager, managed.APPLY, res.api_version, sub)
+        merged, entries = managed.applied(shown, wanted, owner, _shape(res), force=force)
+        write = replace(write, managed=entries)
+        if old is None:
+            return self.create(res, namespace, merged, write), True
+        merged["metadata"]["resourceVersion"] = meta.get("resourceVersion") or str(old.version)
+        return self.update(res, namespace, name, merged, write, sub), False
+
+    def _applicable(self, res: Resource, body: Obj, sub: str) -> Obj:
+        """What is applied, its types checked: unknown fields are refused, whatever the validation asked for."""
+        found, unknown = self._known(res, body)
+        if unknown:
+            at = f"{(body['metadata'].get('namespace') or '')}/{body['metadata']['name']}"
+            where = f"{at}; {res.api_version}, Kind={res.kind}"
+            raise errors.internal(
+                f"failed to create typed patch object ({where}): .{unknown[0]}: field not declared in schema"
+            )
+        if sub == "status":
+            return {key: value for key, value in found.items() if key in ("kind", "apiVersion", "metadata", "status")}
+        return {key: value for key, value in found.items() if key != "status" or "status" not in res.subs}
+
     def _replace(self, res: Resource, old: Stored, new: Obj, write: Write, sub: str) -> Stored:
         meta, before = new["metadata"], old.obj["metadata"]
         for key in _SYSTEM_META:
@@ -313,6 +361,10 @@ class Core:
         defaults.apply(res, new, self)
         validation.check_update(res, new, old.obj, sub, self._check_kind(res, new, sub))
         strategy.admit_update(self, res, new, old.obj, write.user, sub)
+        if write.managed is None and before.get("managedFields"):
+            owner = managed.Owner(write.manager, managed.UPDATE, res.api_version, sub)
+            meta = new["metadata"]
+            meta["managedFields"] = managed.updated(old.obj, new, owner, _shape(res))
         new = _ordered(new)
         if new == old.obj:
             return old

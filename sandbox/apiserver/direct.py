@@ -19,7 +19,9 @@ class DirectApi:
 
     def __init__(self, core: Core, tokens: Tokens, user: Identity = MASTER) -> None:
         self._core, self._tokens = core, tokens
-        self._write = Write(user, validation="Ignore")  # nobody would read the warnings
+        self._write = Write(
+            user, validation="Ignore", manager="kube-controller-manager"
+        )  # nobody would read the warnings
 
     def _resource(self, kind: Kind) -> Resource:
         found = self._core.registry.find(kind.group, kind.version, kind.plural)

@@ -278,7 +278,8 @@ class Handler:
     async def _write(self, request: web.BaseRequest, target: Target, verb: str, user: Identity) -> web.StreamResponse:
         core, res, space, name, sub = self._core, target.res, target.space, target.name, target.sub
         options = params.write_options(request.query, verb)
-        write = Write(user, dry_run=options.dry_run, validation=options.validation)
+        manager = request.query.get("fieldManager") or request.headers.get("User-Agent", "unknown").split("/")[0]
+        write = Write(user, dry_run=options.dry_run, validation=options.validation, manager=manager)
         if verb == "patch":
             return await self._patch(request, target, write)
         if verb.startswith("delete"):
@@ -300,6 +301,11 @@ class Handler:
 
     async def _patch(self, request: web.BaseRequest, target: Target, write: Write) -> web.StreamResponse:
         core, res, space, name, sub = self._core, target.res, target.space, target.name, target.sub
+        if request.content_type.startswith(media.APPLY):
+            return await self._apply(request, target, write)
+        if request.query.get("force"):
+            why = "Forbidden: may not be specified for non-apply patch"
+            raise params.invalid_options("PatchOptions", "force", why, "FieldValueForbidden")
         kind = patch.CONTENT_TYPES.get(request.content_type)
         if kind is None:
             raise media.unsupported_patch(request.content_type)
@@ -307,6 +313,23 @@ class Handler:
         if sub == "scale":
             return _json(subresources.patch_scale(core, res, space, name, kind, body, write))
         return self._one(request, res, core.patch(res, space, name, kind, body, write, sub), 200, write)
+
+    async def _apply(self, request: web.BaseRequest, target: Target, write: Write) -> web.StreamResponse:
+        core, res, space, name, sub = self._core, target.res, target.space, target.name, target.sub
+        if not request.query.get("fieldManager"):
+            why = "Required value: is required for apply patch"
+            raise params.invalid_options("PatchOptions", "fieldManager", why, "FieldValueRequired")
+        if sub not in ("", "status"):
+            raise media.unsupported_patch(request.content_type)
+        if core.store.get(res.key, space, name) is None:
+            self._rules.check(write.user, rbac.Ask("create", res.group, res.plural, space, name, sub))
+        body = await media.body(request, res.kind, patch=True)
+        if not isinstance(body, dict):
+            raise errors.bad_request("error decoding YAML: not an object")
+        media.check_kind(core.registry, res, body)
+        force = _flag(request.query, "force")
+        stored, fresh = core.apply(res, space, name, body, write, sub, force=force)
+        return self._one(request, res, stored, 201 if fresh else 200, write)
 
     async def _delete(self, request: web.BaseRequest, target: Target, verb: str, write: Write) -> web.StreamResponse:
         core, res = self._core, target.res

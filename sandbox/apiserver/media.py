@@ -15,6 +15,7 @@ from sandbox.apiserver.resources import Registry, Resource
 from sandbox.client import ApiError
 
 JSON, YAML = "application/json", "application/yaml"
+APPLY = "application/apply-patch"  # +yaml, of which JSON is a part
 MAX_BODY = 3 * 1024 * 1024
 _FORMS = ("Table", "PartialObjectMetadata", "PartialObjectMetadataList")
 SCHEME = "pkg/api/legacyscheme/scheme.go:30"
@@ -76,8 +77,8 @@ def warning(text: str) -> str:
 
 
 def unsupported_patch(type: str) -> ApiError:
-    if type.startswith("application/apply-patch"):
-        return ApiError(415, "UnsupportedMediaType", "server-side apply is not supported by the sandbox's API server")
+    if type.startswith(APPLY):
+        return ApiError(415, "UnsupportedMediaType", "this is not applied on the server side by the sandbox")
     return errors.Bare(415, "UnsupportedMediaType", "415: Unsupported Media Type")
 
 
@@ -111,7 +112,7 @@ async def body(request: web.BaseRequest, kind: str, *, optional: bool = False, p
             "application/yaml, application/vnd.kubernetes.protobuf",
         )
     try:
-        return yaml.safe_load(raw) if type == YAML else orjson.loads(raw)
+        return yaml.safe_load(raw) if type == YAML or type.startswith(APPLY) else orjson.loads(raw)
     except (orjson.JSONDecodeError, yaml.YAMLError) as wrong:
         text = raw.decode(errors="replace")
         if patch:

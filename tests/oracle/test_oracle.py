@@ -13,8 +13,6 @@ ROOT = Path(__file__).parents[2]
 ORACLE = ROOT.parent / "shared" / "oracle" / "oracle.py"
 # Scenarios that differ, and the sentence with which the sandbox says so.
 REFUSED = {
-    "apply-custom-resource": "server-side apply is not supported",
-    "apply-server-side": "server-side apply is not supported",
     "crd-cel-rules": "CEL rules are not supported",
     "crd-invalid": "CEL rules are not supported",
     "crud-cronjob": "nothing in it acts on them",

@@ -411,12 +411,12 @@ def test_what_nothing_acts_on_is_not_accepted(tmp_path: Path) -> None:
         assert (code, body["reason"]) == (501, "NotImplemented")
         code, body = await one.raw(
             "PATCH",
-            "/api/v1/namespaces/default/configmaps/a",
+            "/apis/apps/v1/namespaces/default/deployments/a/scale?fieldManager=m",
             json={},
             headers={"Content-Type": "application/apply-patch+yaml"},
         )
         assert code == 415
-        assert "server-side apply is not supported" in body["message"]
+        assert "not applied on the server side" in body["message"]
 
     run(tmp_path, test)
 

@@ -297,8 +297,10 @@ def test_kubectl_applies_patches_and_rolls(api: client.ApiClient, kubectl: Kubec
     assert "successfully rolled out" in kubectl("rollout", "status", "deploy/web", "--timeout=60s")
     containers = client.AppsV1Api(api).read_namespaced_deployment("web", "default").spec.template.spec.containers
     assert not containers[0].env
-    refused = kubectl.run("apply", "--server-side", "-f", str(manifest))
-    assert refused.returncode != 0 and "server-side apply is not supported" in refused.stderr
+    refused = kubectl.run("apply", "--server-side", "--field-manager=other", "-f", str(manifest))
+    assert refused.returncode != 0 and "conflict" in refused.stderr and ".spec.replicas" in refused.stderr
+    taken = kubectl("apply", "--server-side", "--field-manager=other", "--force-conflicts", "-f", str(manifest))
+    assert "web serverside-applied" in taken
     assert "deleted" in kubectl("delete", "pdb", "web")
     kubectl("apply", "-f", "-", given=yaml.safe_dump(BUDGET))
 
