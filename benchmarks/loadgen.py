@@ -32,7 +32,7 @@ sys.path[0] = str(ROOT)  # this file's own folder would hide the package of the 
 
 from gameday import clock  # noqa: E402
 from gameday.model import Heartbeat, Outcome  # noqa: E402
-from loadgen import launch, records  # noqa: E402
+from loadgen import launch, records, sound  # noqa: E402
 from loadgen.plan import make  # noqa: E402
 from loadgen.traffic import Deadlines, Stream, Traffic, fixed  # noqa: E402
 
@@ -279,6 +279,7 @@ def accuracy(streams: int, seconds: float) -> None:
         print(
             f"  {name:<28}{figures}{seen.ended / max(seen.cpu, 1e-9):16.0f}{delay:>11}  n={len(errors)}"
             + (f"  run-queue wait ≤ {seen.run_queue:.1%}" if seen.delay_p99 is not None else "")
+            + ("  NOT SOUND: others use this machine" if seen.run_queue > sound.RUN_QUEUE else "")
         )
 
 

@@ -201,4 +201,10 @@ else:
         if end.planned != end.ok + end.failed + end.shed + end.censored:
             environment.process_exit_code = 2
 
+    @events.quitting.add_listener  # type: ignore[untyped-decorator]
+    def _quit(environment: Any, **_: Any) -> None:
+        """Locust takes its exit code before it stops the users: what they leave behind must be known by then."""
+        if environment in _sources and environment.runner is not None:
+            environment.runner.stop()
+
     _CHOICES = tuple(f.name for f in fields(Choice) if f.name != "host")

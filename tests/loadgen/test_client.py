@@ -61,7 +61,7 @@ class Asker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, *ports: int, **more: object) -> list[Reply]:
-        given = {"ports": ports, "host": "127.0.0.1", "stream": True, "files": 0, "fresh": False, "first": 0.8}
+        given = {"ports": ports, "host": "127.0.0.1", "stream": True, "files": 0, "fresh": False, "first": 10.0}
         given |= {"times": 1, "at_once": False, **more}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -208,7 +208,7 @@ def test_a_head_that_drips_is_bounded(one: One) -> None:
             conn.sendall(bytes([byte]))
             server.pause(0.05)
 
-    reply = one(way)
+    reply = one(way, first=0.8)
     assert reply.outcome is Outcome.HEADER_TIMEOUT
     assert 0.7 < reply.latency < 20
 
@@ -278,7 +278,7 @@ def test_our_own_sleep_is_not_the_services_stall() -> None:
 def test_our_own_shortage_is_not_the_services_failure() -> None:
     """Without a file descriptor nothing was sent: shed, not refused, and not lost from the account."""
     with asker() as short, serving(misbehave.silent) as server:
-        replies = short(server.port, times=60, at_once=True, files=40)
+        replies = short(server.port, times=60, at_once=True, files=40, first=0.8)
     assert {r.outcome for r in replies} == {Outcome.CLIENT_SHED, Outcome.HEADER_TIMEOUT}
     assert any("Too many open files" in r.detail for r in replies)
 
@@ -295,6 +295,6 @@ def test_ipv6(ask: Asker) -> None:
         pytest.skip("no IPv6 here")
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as door:
         port = door.getsockname()[1]
-        (reply,) = ask(port, host="[::1]", times=1)  # nobody answers: it is the connection that counts
+        (reply,) = ask(port, host="[::1]", first=0.8)  # nobody answers: it is the connection that counts
     assert reply.outcome is Outcome.HEADER_TIMEOUT
     assert reply.peer == f"::1:{port}"
