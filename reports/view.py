@@ -15,6 +15,7 @@ from gameday.clock import Epoch, Instant
 from gameday.model import (
     STREAM_BROKEN,
     EndpointMark,
+    EvictionMark,
     FaultMark,
     Finding,
     Judgement,
@@ -377,6 +378,12 @@ def _mark(event: object, on: Axis) -> Mark | None:
         case KubeEvent():
             lane, said = "events", f"{event.object}: {event.reason}: {event.message}"
             ok = event.type != "Warning"
+        case EvictionMark():
+            lane, said, ok = (
+                "events",
+                f"eviction of {event.pod} {event.answer} {event.detail}",
+                event.answer == "accepted",
+            )
         case Note():
             lane, said, ok = "notes", f"{event.level}: {event.text}", event.level == "info"
         case _:

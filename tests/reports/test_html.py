@@ -14,7 +14,7 @@ import synthetic
 
 from gameday import record
 from gameday.errors import RecordError
-from gameday.model import FaultMark, Outcome, Sample, Timeline, Verdict
+from gameday.model import EvictionMark, FaultMark, Outcome, Sample, Timeline, Verdict
 from reports import html, view, words
 
 CHARTS = ("latency", "recovery", "rates", "shares", "pods", "marks", "prometheus-0")
@@ -242,6 +242,15 @@ def test_alerts_are_marks_where_they_change() -> None:
     assert [(m.x, m.what) for m in found if m.lane == "alerts"] == [
         (5.0, "alert EngineDown fires"),
         (25.0, "alert EngineDown is resolved"),
+    ]
+
+
+def test_evictions_are_marks_with_the_budgets_word() -> None:
+    made = synthetic.timeline()
+    asked = EvictionMark(synthetic.F + 1, "llm/engine-b", "refused", "Cannot evict pod")
+    found = view.marks(replace(made, events=(*made.events, asked)), view.axis(made, synthetic.judgement()))
+    assert [(m.lane, m.ok) for m in found if m.what == "eviction of llm/engine-b refused Cannot evict pod"] == [
+        ("events", False)
     ]
 
 
