@@ -61,6 +61,8 @@ class Effects:
         while not seen.settled and clock.now() < until and not self._tape.stopped:
             clock.pause(EVERY / 2, self._tape.stopping)
             seen = self.look(act, since)
+        if not seen.settled and self._tape.stopped:
+            return False  # by something else, which says so: that the effect was not seen yet is no word about it
         if not seen.settled:
             self._tape.mark(Step.EFFECT, False, act.what, seen.detail)
             self._tape.stop("inconclusive", f"{act.what} was injected, but its effect was not seen: {seen.detail}")

@@ -19,7 +19,7 @@ from gameday.model import Step
 from gameday.tape import Tape
 
 PATIENCE = 4.0  # seconds for which the next undo waits for this one
-HURRIED = 1.0  # … after SIGINT or SIGTERM
+HURRIED = 1.0  # … after a stop, when nothing waits until pods run again either
 
 
 class _Job:
@@ -92,13 +92,13 @@ class Healer:
         return not failed
 
     def _next_waits(self, job: _Job) -> bool:
-        patience = HURRIED if self._tape.interrupted is not None else PATIENCE
+        patience = HURRIED if self._tape.stopped else PATIENCE
         return job.legitimate or clock.now() - job.work.begun < patience
 
     def _look(self, job: _Job) -> bool | None:
         """Whether it is undone, None while it is under way."""
         try:
-            told = job.look(hurried=self._tape.interrupted is not None)
+            told = job.look(hurried=self._tape.stopped)
             if told is None:
                 return None
             self._ledger.done(job.entry)

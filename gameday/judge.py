@@ -101,7 +101,7 @@ def soundness(timeline: Timeline, objectives: Objectives, findings: tuple[Findin
         fit(timeline),
         _aimed(timeline),
         _steady(timeline, findings),
-        _proven(timeline),
+        _cut_short(timeline) or _proven(timeline),
         _healed(timeline),
         _clean(timeline),
         *_notes(timeline),
@@ -319,6 +319,20 @@ def _unseen_at_last(timeline: Timeline, until: float) -> list[str]:
     cut_short = any(n.level == "fail" for n in of(timeline, Note))
     asked = [what for what in timeline.fault.watched if what in looks or not cut_short]
     return [what for what in asked if until - looks.get(what, -math.inf) > LAST_LOOK]
+
+
+def _cut_short(timeline: Timeline) -> Finding | None:
+    """A stop condition was met while the proof was awaited: what was done so far has hurt, which is all that counts."""
+    harm = first(timeline, Step.APPLY)
+    breach = next((n for n in of(timeline, Note) if n.level == "fail"), None)
+    if harm is None or breach is None or breach.t < harm:
+        return None
+    said = [m for step in (Step.INJECTED, Step.EFFECT) for m in marks(timeline, step) if harm <= m.t <= breach.t]
+    proven = {m.what for m in said if m.step is Step.EFFECT and m.ok}
+    waiting = [m.what for m in said if m.step is Step.INJECTED and m.ok and m.what not in proven]
+    if not waiting or not all(m.ok for m in said):
+        return None
+    return _run("fault proven", PASS, f"a stop condition was met before {', '.join(waiting)} was seen to act")
 
 
 def _lost(some: list[FaultMark]) -> FaultMark | None:

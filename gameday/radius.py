@@ -69,8 +69,7 @@ def check(plan: Plan, view: View, settings: Settings, cluster: Cluster) -> tuple
                 unseen.append(f"PodDisruptionBudgets cannot be seen: {refused}")
             else:
                 _budgets(radius, view, budgets)
-    everything = Radius(frozenset(plan.facts.pods), frozenset(plan.facts.nodes))  # also what is hit only in its turn
-    _protected(everything, view, cluster, settings.protected)
+    _protected(radius, view, cluster, settings.protected)
     return (*unseen, *_own_ground(radius, view, settings, cluster))
 
 

@@ -1,13 +1,19 @@
-"""What the proofs tell besides: pods that a cut does not cover."""
+"""What the proofs tell besides: pods that a cut does not cover, and that a stop cut them short."""
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+from planted import HARM, Plant
+
 from faults.base import Cut, Dead, Plan
 from gameday.effects import Effects, lasting
-from gameday.model import FaultFacts, FaultMark, Note, PodMark
+from gameday.judge import judge
+from gameday.model import Event, FaultFacts, FaultMark, Note, PodMark, Step, Timeline
+from gameday.objectives import Objectives, Success
 from gameday.tape import Tape
 from probes.reach import Seen
 
@@ -70,3 +76,48 @@ def test_one_odd_look_is_not_the_end_of_it() -> None:
 def test_an_effect_that_is_gone_before_the_heal_is_recorded() -> None:
     assert seen_last(False) == [(False, "cut")]
     assert seen_last(True, silent=True) == [(False, "cut")]  # the prober's last word is old
+
+
+# ── stopped while the proof is awaited ──────────────────────────────────────────────────────────
+
+ASKED = Objectives(before=(Success(0.9),), during=(Success(0.1),))
+
+
+def unproven(*more: Event) -> Timeline:
+    """A run whose fault was injected, and ended before anybody saw it act."""
+    whole = Plant(poisson=10).build()
+    marks = [e for e in whole.events if not (isinstance(e, FaultMark) and e.step is Step.EFFECT)]
+    return replace(whole, events=tuple(sorted((*marks, *more), key=lambda event: event.t)))
+
+
+def verdict(run: Timeline) -> str:
+    found = judge(run, ASKED)
+    return f"{found.verdict}: {next(one.evidence for one in found.findings if one.objective == 'fault proven')}"
+
+
+def test_a_breach_before_the_proof_is_a_failure_of_the_service() -> None:
+    breach = Note(HARM + 3, "fail", "only 4 replicas are ready, the stop condition is 5")
+    assert verdict(unproven(breach)).startswith("FAIL: a stop condition was met before")
+    assert verdict(unproven()).startswith("INCONCLUSIVE")
+    early = Note(HARM - 3, "fail", "before anything was done")
+    assert verdict(unproven(early)).startswith("INCONCLUSIVE")
+
+
+def test_a_breach_does_not_hide_an_effect_that_was_not_there() -> None:
+    breach = Note(HARM + 3, "fail", "only 4 replicas are ready, the stop condition is 5")
+    unseen = FaultMark(HARM + 2, Step.EFFECT, False, "partition", "3 pairs not as expected")
+    assert verdict(unproven(unseen, breach)).startswith("INCONCLUSIVE")
+    failed = FaultMark(HARM + 1, Step.INJECTED, False, "partition", "the selector selected nothing")
+    assert verdict(unproven(failed, breach)).startswith("INCONCLUSIVE")
+
+
+def test_a_proof_that_a_stop_cut_short_is_not_called_missing() -> None:
+    tape = Tape(lambda _: None)
+    act: Any = SimpleNamespace(what="partition", proof=Cut("a"), within=30.0)
+    reach: Any = SimpleNamespace(look=lambda *_: Seen(False, False, 0, 0, "not yet"))
+    nobody: Any = SimpleNamespace()
+    effects = Effects(Plan(FACTS, (), ()), reach, nobody, tape)
+    threading.Timer(0.2, tape.stop, ("fail", "only 4 replicas are ready")).start()
+    assert not effects.prove(act, 0.0)
+    assert [event.text for event in tape.events if isinstance(event, Note)] == ["only 4 replicas are ready"]
+    assert not [event for event in tape.events if isinstance(event, FaultMark)]
