@@ -7,8 +7,10 @@ targets, writes the manifests, and says how each act is proven and undone. Nothi
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -26,6 +28,7 @@ ROLLED = "gameday.dev/rolled-out-by"  # annotation on a pod template that we cha
 
 OURS = f"{MANAGED}=gameday"
 
+NAME_MAX = 63  # of a Job, whose pods bear its name as a label
 MARGIN = 30.0  # seconds by which a resource's own end outlives the heal that we intend
 
 
@@ -35,6 +38,16 @@ class Zone:
 
     def __str__(self) -> str:
         return self.name
+
+
+def name_for(token: str, what: str) -> str:
+    """A name that Kubernetes takes for every kind (DNS label, at most 63), however a pod or zone is called."""
+    wanted = f"gd-{token}-{what}".rstrip("-")
+    safe = re.sub(r"[^a-z0-9-]+", "-", wanted.lower()).strip("-")
+    if safe == wanted and len(safe) <= NAME_MAX:
+        return wanted
+    digest = hashlib.sha256(wanted.encode()).hexdigest()[:8]  # what was cut off or replaced must still tell them apart
+    return f"{safe[: NAME_MAX - 9].rstrip('-')}-{digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +80,7 @@ class View:
 
     def name(self, what: str) -> str:
         """A globally unique name: Chaos Mesh derives chain names from it (facts/chaos-mesh.md)."""
-        return f"gd-{self.token}-{what}"
+        return name_for(self.token, what)
 
     def metadata(self, what: str) -> Obj:
         return {"name": self.name(what), "namespace": self.namespace, "labels": dict(self.labels)}

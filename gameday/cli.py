@@ -25,6 +25,7 @@ from gameday.ledger import heal as heal_
 from gameday.model import Verdict
 from gameday.preflight import Check, Preflight
 from gameday.rbac import show as show_rbac
+from gameday.spec import SAFE_NAME
 from gameday.toolkit import validate as validate_
 from loadgen.cli import load
 from probes.prometheus import Prometheus
@@ -189,6 +190,8 @@ def _show_checks(checks: Sequence[Check]) -> None:
 @one_sentence
 def heal(run: str | None, **given: Any) -> None:
     """Undo what earlier runs left behind, from the ledger in the cluster. Safe to repeat."""
+    if run is not None and not SAFE_NAME.fullmatch(run):
+        raise SettingsError(f"{run!r} cannot be a run: its id stands in runs/ and in `gameday doctor`.")
     found = _settings(given)
     count = heal_(arena_.connect(found), run=run, within=found.heal_within, say=_say)
     _say(f"{count} undone; nothing is left" if count else "nothing to heal")

@@ -199,7 +199,7 @@ def draw_zone(item: pytest.Item, options: dict[str, Any]) -> Zone:
 
 def name_of(item: pytest.Item) -> str:
     """`zone_outage` of `test_zone_outage`; what is unsafe in a path is replaced."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", item.name.removeprefix("test_")).strip("._") or "experiment"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", item.name.removeprefix("test_")).strip("._-")[:100] or "experiment"
 
 
 def not_begun(name: str, text: str, verdict: Verdict = Verdict.ERROR) -> Judgement:

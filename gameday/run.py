@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from faults.act import NotInjected, manifests, perform
-from faults.base import EXPIRES, MANAGED, RUN, Act, Job, Plan, Undo, View, harmful
+from faults.base import EXPIRES, MANAGED, RUN, Act, Job, Plan, Undo, View, harmful, name_for
 from faults.chaostoolkit import ChaosToolkit
 from gameday import clock, finish, leave, radius, record
 from gameday.activities import OutOfTolerance
@@ -215,7 +215,7 @@ class Session:
             pods=tuple(pods),
             nodes=nodes,
             token=self._token,
-            probers=tuple((f"gd-{self._token}-prober{'-' + zone if zone else ''}", zone) for zone in usable),
+            probers=tuple((name_for(self._token, f"prober-{zone}"), zone) for zone in usable),
             labels={MANAGED: "gameday", RUN: self._arena.run_id, EXPIRES: str(expires)},
             seed=self._arena.seed + self._trial - 1,
             max_share=settings.max_share,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from loadgen.traffic import Traffic
 from probes.prometheus import Prometheus
 from reports.live import Progress
 
+SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # it becomes a directory, and part of a Lease's holder
 SCRAPES = 4  # a judged window holds at least so many scrape intervals
 WARM_UP = 2.0  # seconds of load before the steady state is looked at (connections, caches)
 
@@ -28,6 +30,12 @@ class Spec:
     traffic: Traffic
     fault: Fault
     objectives: Objectives
+
+    def __post_init__(self) -> None:
+        if not SAFE_NAME.fullmatch(self.name):
+            raise ExperimentError(
+                f"{self.name!r} cannot name an experiment: letters, digits, _ . - (it names a folder)."
+            )
 
     @property
     def recovers(self) -> Recovers | None:
