@@ -15,7 +15,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +33,7 @@ from chaoslib.secret import load_secrets
 from gameday import clock
 from gameday.censor import censored, remember
 from gameday.errors import ExperimentError, GamedayError
+from gameday.login import default_kubeconfig
 
 EXTENSION = "gameday"  # the block under `extensions` that is ours
 GRACE = 3.0  # seconds that an activity under way gets to end when we are stopped
@@ -393,7 +394,8 @@ def _environment(more: Mapping[str, str]) -> Iterator[None]:
     was = {key: os.environ.get(key) for key in more}
     os.environ.update(more)
     try:
-        yield
+        with default_kubeconfig(more["KUBECONFIG"]) if "KUBECONFIG" in more else nullcontext():
+            yield
     finally:
         for key, value in was.items():
             if value is None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 from kubernetes import client as k8s, config as k8s_config
+from kubernetes.config import kube_config
 
 from gameday import clock
 from gameday.censor import censored
@@ -96,6 +97,17 @@ class Login:
         conf.retries = False
         conf.connection_pool_maxsize = 32
         return k8s.ApiClient(conf)
+
+
+@contextmanager
+def default_kubeconfig(path: str) -> Iterator[None]:
+    """The client by itself goes by $KUBECONFIG as it was when it was imported: another cluster's, maybe."""
+    was = kube_config.KUBE_CONFIG_DEFAULT_LOCATION
+    kube_config.KUBE_CONFIG_DEFAULT_LOCATION = path
+    try:
+        yield
+    finally:
+        kube_config.KUBE_CONFIG_DEFAULT_LOCATION = was
 
 
 @contextmanager

@@ -240,6 +240,20 @@ def test_their_code_meets_the_named_cluster_and_no_other() -> None:
             run(found, found.method[0], ENVIRONMENT)
 
 
+def test_chaosk8s_meets_the_named_cluster_though_it_was_imported_before(tmp_path: Path) -> None:
+    """The client keeps $KUBECONFIG as it was at its import: actions would have gone to another cluster."""
+    contexts = [{"name": "staging", "context": {"cluster": "c"}}]
+    clusters = [{"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}]
+    path = tmp_path / "config"
+    path.write_text(yaml.safe_dump({"clusters": clusters, "contexts": contexts}))
+    (tmp_path / f"{HERE}.py").write_text(
+        "from chaosk8s import create_k8s_api_client\ndef where(): return create_k8s_api_client({}).configuration.host\n"
+    )
+    found = own(act("where"))
+    environment = Login(context="staging", files=str(path)).environment()
+    assert run(found, found.method[0], environment) == "http://127.0.0.1:9"
+
+
 def test_a_kubeconfig_that_would_lead_elsewhere_is_refused(tmp_path: Path) -> None:
     clusters = [{"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}]
     contexts = [{"name": "staging", "context": {"cluster": "c"}}, {"name": "prod", "context": {"cluster": "c"}}]
