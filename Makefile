@@ -37,6 +37,11 @@ check: setup
 oracle: setup
 	$(RUN) scripts/oracle
 
+# Known vulnerabilities of the pinned packages. --strict: a package that could not be looked up is a failure.
+audit: setup
+	$(BIN)/pip install -q --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --strict
+
 setup: $(VENV)/.ready $(TOOLS)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -11,6 +11,7 @@ import random
 import secrets
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gameday import settings as settings_
+from gameday.censor import remember
 from gameday.cluster import Cluster
 from gameday.errors import ClusterError, SandboxUnavailable, SettingsError
 from gameday.run import Arena
@@ -146,6 +148,7 @@ def _arena(
     say: Callable[[str], None],
     progress: Callable[[Progress], None],
 ) -> Arena:
+    _keep_secret(found)
     cluster = connect(found)
     cluster.version()  # an unreachable API server is told now
     seed = found.seed if found.seed is not None else random.SystemRandom().randrange(1, 10_000)
@@ -163,6 +166,14 @@ def _arena(
         progress=progress,
         say=say,
     )
+
+
+def _keep_secret(found: Settings) -> None:
+    """What stands in the files that settings name is never told, whoever quotes it in an error."""
+    for path in (found.api_key_file, found.prometheus_token_file):
+        with suppress(OSError, UnicodeDecodeError):  # whoever needs it says that it cannot be read
+            if path is not None:
+                remember(path.read_text().strip())
 
 
 def _reproduce(experiment: str, seed: int, options: Mapping[str, Any]) -> str:

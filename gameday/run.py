@@ -22,6 +22,7 @@ from faults.base import EXPIRES, MANAGED, RUN, Act, Job, Plan, Undo, View, harmf
 from faults.chaostoolkit import ChaosToolkit
 from gameday import clock, finish, leave, radius, record
 from gameday.activities import OutOfTolerance
+from gameday.censor import censored
 from gameday.clock import Epoch, Instant
 from gameday.cluster import Obj
 from gameday.effects import Effects, lasting
@@ -244,7 +245,7 @@ class Session:
             scrape_interval=settings.scrape_interval,
             objectives_from=arena.objectives_from if self._overridden else "experiment",
             reproduce=again(arena.reproduce(self.spec.name), self._trial),
-            command=tuple(sys.argv),
+            command=tuple(censored(word) for word in sys.argv),
             versions=_versions(),
             settings={key: str(value) for key, value in settings.model_dump(exclude={"objectives"}).items()},
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gameday import clock, record
+from gameday.censor import censored
 from gameday.errors import RecordError
 from gameday.model import About, Event, FaultFacts, FaultMark, Note, Phase, PhaseMark, Reply, Sample, Step, Timeline
 from gameday.voice import Voice
@@ -76,12 +77,13 @@ class Tape:
         self.voice.say(line)
 
     def note(self, level: Level, text: str) -> None:
+        text = censored(text)
         self.emit(Note(clock.now(), level, text))
         if level != "info":
             self.say(f"{level}: {text}")
 
     def mark(self, step: Step, ok: bool, what: str = "", detail: str = "", **more: Any) -> None:
-        self.emit(FaultMark(more.pop("t", clock.now()), step, ok, what, detail, **more))
+        self.emit(FaultMark(more.pop("t", clock.now()), step, ok, what, censored(detail), **more))
 
     def phase(self, phase: Phase, edge: Literal["start", "end"]) -> None:
         self.emit(PhaseMark(clock.now(), phase, edge))

@@ -115,7 +115,15 @@ def test_the_role_is_not_an_admins(foreign: Foreign) -> None:
 
 def test_a_zone_outage_under_the_printed_role(foreign: Foreign) -> None:
     """Everything that an experiment does: cordons, both locks, chaos, probers, a rollout, and no trace of the token."""
-    done = foreign.rehearse("experiments", "-k", "zone_outage", "--seed", "7", f"--junitxml={foreign.stage.tmp}/j.xml")
+    planted = {
+        "GAMEDAY_API_KEY_FILE": "planted-api-key-91c4",
+        "GAMEDAY_PROMETHEUS_TOKEN_FILE": "planted-prom-token-3a77",
+    }
+    for name, secret in planted.items():
+        (foreign.stage.tmp / name).write_text(secret + "\n")
+    files = {name: str(foreign.stage.tmp / name) for name in planted}
+    junit = f"--junitxml={foreign.stage.tmp}/j.xml"
+    done = foreign.rehearse("experiments", "-k", "zone_outage", "--seed", "7", junit, env=files)
     verdict = done.verdict("zone_outage")
     # On a busy machine the load generator is rightly called unfit; nothing else may be short of PASS.
     short = [one["objective"] for one in verdict["findings"] if one["status"] != "PASS"]
@@ -127,9 +135,10 @@ def test_a_zone_outage_under_the_printed_role(foreign: Foreign) -> None:
     assert_clean(foreign.stage)
     written = [path for path in done.root.rglob("*") if path.is_file()]
     assert len(written) > 10
-    for path in [*written, foreign.stage.tmp / "j.xml"]:
-        assert foreign.token.encode() not in path.read_bytes(), f"{path} holds the token"
-    assert foreign.token not in done.out
+    for secret in (foreign.token, *planted.values()):
+        assert secret not in done.out
+        for path in [*written, foreign.stage.tmp / "j.xml"]:
+            assert secret.encode() not in path.read_bytes(), f"{path} holds a secret"
 
 
 @pytest.mark.parametrize(
