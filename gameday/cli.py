@@ -103,6 +103,7 @@ def main() -> None:
 @click.option("--api-port", type=click.IntRange(0, 65535), default=0, help="on 127.0.0.1; 0: any free one")
 @click.option("--prometheus-port", type=click.IntRange(0, 65535), default=0)
 @click.option("--target-port", type=click.IntRange(0, 65535), default=0)
+@click.option("--zone-latency", "zone_latency_ms", type=float, default=0.0, metavar="MS", help="one way, between zones")
 @one_sentence
 def up(clocks: str | None, bare: bool, **given: Any) -> None:
     """Start the sandbox and leave it running."""

@@ -67,7 +67,8 @@ class Machines:
         group = self.group.child(name) if self.group else None
         # A real API server speaks to kubelets in TLS only; our own need not pay for that.
         serving = () if self.options.control_plane is None else (str(self.tls.cert), str(self.tls.key))
-        return Machine(name, self._index, zone, gpus, root, token, self.tls.ca_pem, self.options.clocks, group, serving)
+        clocks, latency = self.options.clocks, self.options.zone_latency_ms / 1000
+        return Machine(name, self._index, zone, gpus, root, token, self.tls.ca_pem, clocks, group, serving, latency)
 
     async def _boot(self, machine: Machine) -> None:
         place = Place(Path(machine.root))

@@ -99,6 +99,7 @@ class Options:
     zones: tuple[str, ...] = ("a", "b", "c")
     nodes_per_zone: int = 2
     gpus_per_node: int = 2
+    zone_latency_ms: float = 0.0  # one way, between machines of different zones
     bare: bool = False  # control plane only: no nodes, stack, Prometheus
     control_plane: str | None = None  # directory of the real one's binaries, "": $KUBEBUILDER_ASSETS; None: our own
     api_port: int = 0

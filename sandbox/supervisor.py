@@ -453,6 +453,7 @@ class Supervisor:
             clocks=self.options.clocks.name,
             stack=self.options.stack,
             expendable=self.options.stack in ("fragile", "careless"),
+            zone_latency_ms=self.options.zone_latency_ms,
             not_enforced=self.not_enforced,
             started=time.time(),
             start_ticks=linux.start_ticks(pid) or 0,

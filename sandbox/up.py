@@ -70,6 +70,7 @@ class Running:
     clocks: str
     stack: str
     expendable: bool  # limits on blast radius may be lifted
+    zone_latency_ms: float  # one way
     not_enforced: str  # what this machine does not let the sandbox enforce, and why; "": nothing
     started: float  # epoch seconds
     start_ticks: int  # of `pid`: tells it from a later process of the same number
@@ -163,6 +164,8 @@ def _check(options: Options) -> None:
             binaries.find(options.control_plane)
         except binaries.Missing as missing:
             raise SandboxError(str(missing)) from missing
+    if not 0 <= options.zone_latency_ms <= 1000:
+        raise SandboxError(f"the latency between zones is 0 to 1000 ms, not {options.zone_latency_ms:g}")
     if options.bare:
         return
     if shutil.which("nft", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None:

@@ -23,7 +23,7 @@ from aiohttp import web
 from sandbox.chaos import calls, daemon
 from sandbox.chaos.shaping import CannotShape
 from sandbox.client import LEASES, NODES, PODS, ApiError, EventType, HttpApi, Informer, Obj
-from sandbox.node import exec as exec_, images, kernel_log, logs, network, node_status, services, usage
+from sandbox.node import exec as exec_, images, kernel_log, latency, logs, network, node_status, services, usage
 from sandbox.node.cgroups import Group
 from sandbox.node.container import Container
 from sandbox.node.events import Recorder
@@ -57,6 +57,7 @@ class Machine:
     clocks: Clocks
     group: Group | None = None  # its control group; None: limits cannot be enforced
     serving: Sequence[str] = ()  # certificate and key with which the kubelet serves TLS; (): without
+    zone_latency: float = 0.0  # seconds, one way, to machines of other zones
 
     def dump(self) -> str:
         return orjson.dumps(self).decode()
@@ -378,6 +379,8 @@ class Agent:
         self._spawn(self.recorder.run())
         self._spawn(self.keep_lease())
         self._spawn(self.keep_status())
+        if self.machine.zone_latency:
+            self._spawn(latency.run(self.api, self.machine.zone, self.machine.zone_latency, self.shape))
         self._spawn(kernel_log.run(self.place, self.name))
         self._spawn(daemon.run(self.api, self.name, self.netns_of, self.shape))
         await self.zygote.lost.wait()

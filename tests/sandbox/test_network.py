@@ -12,8 +12,9 @@ import pytest
 from nodes_world import PYTHON, Life, api_of, eventually, living, pod, printed, sandbox
 
 from sandbox import dns
+from sandbox.chaos.traffic import Netem, Rule
 from sandbox.client import ENDPOINTSLICES, NODES, SERVICES, HttpApi, Obj
-from sandbox.node import resolver
+from sandbox.node import latency, resolver
 from sandbox.node.services import Port, addresses, ports, script, variables
 from sandbox.up import Running
 
@@ -366,3 +367,40 @@ def test_resolver_files() -> None:
     aliases = [{"ip": "10.1.1.1", "hostnames": ["db", "db.example"]}]
     shown = resolver.hosts({"hostAliases": aliases, "subdomain": "bare"}, "web-0", "llm", "10.244.1.2")
     assert "10.1.1.1\tdb\tdb.example" in shown and "10.244.1.2\tweb-0.bare.llm.svc.cluster.local\tweb-0" in shown
+
+
+# — latency between zones —
+
+RTT = f"{ASK}\nfor _ in range(3):\n    t = time.monotonic(); ask(sys.argv[1], 8000); print(time.monotonic() - t)"
+
+
+def test_zones_are_as_far_from_each_other_as_asked(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two round trips (connect, ask) at twice 30 ms each to the other zone; none of that within a zone."""
+
+    async def scenario(running: Running) -> None:
+        members = [who("near", "node-a-2"), who("far", "node-b-1")]
+        async with pods(running, members) as (near, far):
+            took = {}
+            for life in (near, far):
+                asker = client(f"to-{life.name}", RTT)
+                asker["spec"]["containers"][0]["args"].append(life.seen[-1].status["podIP"])
+                took[life.name] = min(map(float, await said(running, asker)))
+            assert took["far"] >= 0.120 > took["near"]
+
+    with sandbox(
+        tmp_path_factory.mktemp("state") / "s", nodes_per_zone=2, zones=("a", "b"), zone_latency_ms=30
+    ) as found:
+        asyncio.run(scenario(found))
+
+
+def test_latency_is_towards_other_zones_only() -> None:
+    def node(name: str, zone: str, index: int) -> Obj:
+        status = {
+            "addresses": [{"type": "InternalIP", "address": f"10.245.0.{index}"}, {"type": "Hostname", "address": name}]
+        }
+        meta = {"name": name, "labels": {"topology.kubernetes.io/zone": zone}}
+        return {"metadata": meta, "spec": {"podCIDRs": [f"10.244.{index}.0/24"]}, "status": status}
+
+    (rule,) = latency.rules([node("a", "a", 1), node("b", "b", 2)], "a", 0.01)
+    assert rule == Rule(Netem(delay=0.01), (("10.244.2.0/24", 0), ("10.245.0.2/32", 0)))
+    assert latency.rules([node("a", "a", 1)], "a", 0.01) == []
