@@ -287,6 +287,7 @@ class Supervisor:
             await deploy.cluster_services(api)
             await self._spawn_addons()
             group = self._control_group()
+            self._missing_users()
             machines = Machines(self.zygote, self.options, self.state, self.tls, self.node_tokens, group)
             names = await machines.boot_all()
         self._background(self._provide(machines))
@@ -300,6 +301,12 @@ class Supervisor:
                 await deploy.ready(api, self.options.stack, patience, self.state)
                 self.say("the stack is ready")
                 await deploy.scraped(api, _url(self.sockets.prometheus), 20 + 2 * self.options.clocks.scrape_interval)
+
+    def _missing_users(self) -> None:
+        if os.geteuid() != 0:
+            users = "runAsUser, runAsGroup and fsGroup of pods: this sandbox runs as an ordinary user"
+            self.not_enforced = "; ".join(filter(None, (self.not_enforced, users)))
+            self.say(f"not enforced: {users}")
 
     def _control_group(self) -> Group | None:
         try:

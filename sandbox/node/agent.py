@@ -386,7 +386,7 @@ class Agent:
         await self.zygote.lost.wait()
 
 
-def _unsupported(spec: Obj) -> str:
+def _unsupported(spec: Obj) -> str:  # noqa: PLR0911 – a list
     """What the pod asks for that would otherwise be ignored; "" when nothing."""
     for name in ("hostNetwork", "hostIPC"):
         if spec.get(name):
@@ -396,6 +396,18 @@ def _unsupported(spec: Obj) -> str:
             return f"sidecar containers (initContainer {container['name']} has a restartPolicy)"
     if spec.get("ephemeralContainers"):
         return "ephemeral containers"
+    if spec.get("shareProcessNamespace"):
+        return "process namespaces shared by a pod's containers (shareProcessNamespace)"
+    if (spec.get("securityContext") or {}).get("sysctls"):
+        return "sysctls of a pod"
+    for name in ("runtimeClassName", "resourceClaims"):
+        if spec.get(name):
+            return name
+    for container in (*(spec.get("initContainers") or []), *spec["containers"]):
+        if any(port.get("hostPort") for port in container.get("ports") or []):
+            return f"ports of the machine for pods (hostPort of container {container['name']})"
+        if container.get("volumeDevices"):
+            return f"block devices (volumeDevices of container {container['name']})"
     return ""
 
 

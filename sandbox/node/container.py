@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sandbox.client import Obj
 from sandbox.controllers.objects import milli
-from sandbox.node import cgroups, images, logs, probes
+from sandbox.node import cgroups, images, logs, probes, security
 from sandbox.node.cgroups import Group
+from sandbox.node.security import Security
 from sandbox.node.status import ContainerView, go_duration, now
 from sandbox.node.volumes import NotReady, expand
 from sandbox.node.zygote import Spawn, StartError
@@ -271,8 +272,19 @@ class Container:
             mounts=(*self.pod.name_files(), *self.pod.volumes.mounts(spec)),
             cgroups=self._limited(spec, number),
             oom_score_adj=self.pod.oom_score(spec),
+            security=self._security(spec),
         )
         return order, self.pod.net_fd
+
+    def _security(self, spec: Obj) -> Security:
+        """Raises `NotReady` with kubelet's words."""
+        try:
+            found = security.of(self.pod.spec, spec)
+        except security.Refused as refused:
+            raise NotReady(str(refused)) from refused
+        if security.mapped(found.user, found.group, Path("/proc/self/uid_map").read_text()):
+            return found
+        return replace(found, user=0, group=0, groups=())
 
     def _limited(self, spec: Obj, number: int) -> tuple[str, ...]:
         """A control group of its own for this start; empty where the machine has none."""
@@ -301,6 +313,8 @@ class Container:
             worker.reset()
         view.started = "startup" not in kinds
         view.ready = view.started and "readiness" not in kinds and not self._init
+        for what in self.pod.unenforced(spec):
+            self._note("NotEnforced", f"{what} is not enforced by the sandbox")
         self._note("Created", "Container created")
         self._note("Started", "Container started")
         self.pod.changed()
@@ -434,6 +448,7 @@ class Container:
             join=process,
             cgroups=self.entered,
             stdin=True,
+            security=self._security(self._spec_running),
         )
 
     async def exec(self, argv: list[str], within: float) -> probes.Outcome:

@@ -23,14 +23,17 @@ ROOT = 0  # not a namespace: `namespaces` gives a process's root directory under
 MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
+MS_NOEXEC = 8
 MS_REMOUNT = 32
 MS_BIND = 4096
 MS_REC = 16384
 MS_PRIVATE = 1 << 18
 
 _PR_SET_PDEATHSIG = 1
+_PR_CAPBSET_DROP = 24
 _PR_SET_TIMERSLACK = 29
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -81,6 +84,19 @@ def precise_timers() -> None:
 def address_of(buffer: bytearray) -> int:
     """Where a buffer lies, for an ioctl that is given a pointer; the buffer must outlive the call."""
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def drop_bounding(capability: int) -> None:
+    """Never to be had again, whatever this process executes."""
+    _check(_libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0), "prctl(PR_CAPBSET_DROP)")
+
+
+def no_new_privileges() -> None:
+    _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
+
+
+def capset(header: object, data: object) -> None:
+    _check(_libc.capset(header, data), "capset")
 
 
 def sethostname(name: str) -> None:

@@ -14,7 +14,7 @@ import aiohttp
 
 from sandbox.client import PODS, ApiError, Obj
 from sandbox.controllers.objects import milli
-from sandbox.node import cgroups, node_status, resolver, status
+from sandbox.node import cgroups, node_status, resolver, security, status
 from sandbox.node.cgroups import Group
 from sandbox.node.container import BackOff, Container
 from sandbox.node.mounts import Mount
@@ -213,6 +213,14 @@ class Pod:
         containers = (*(self.spec.get("initContainers") or []), *self.spec["containers"])
         limits = [(c["name"], name) for c in containers for name in (c.get("resources") or {}).get("limits") or {}]
         return [f"{name} limit of {container}" for container, name in limits if name in ("cpu", "memory")]
+
+    def unenforced(self, container: Obj) -> list[str]:
+        """What of the container's wishes this machine cannot grant."""
+        found = security.unenforced(self.spec, container)
+        user = security.of(self.spec, container)
+        if not security.mapped(user.user, user.group, Path("/proc/self/uid_map").read_text()):
+            found.append("runAsUser or runAsGroup (the sandbox of an ordinary user has one user only)")
+        return found
 
     def oom_score(self, container: Obj) -> int:
         """The container's oom_score_adj."""

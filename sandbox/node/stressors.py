@@ -62,7 +62,13 @@ class Stressors:
         wanted = stress.parse(spec, None if limit is None else milli(limit) // 1000, stress.available_bytes())
         name = f"stress/{next(self._numbers)}"
         order = replace(
-            order, id=name, title="chaos stressor", call="sandbox.chaos.stress:main", argv=(wanted.dump(),), stdin=False
+            order,
+            id=name,
+            title="chaos stressor",
+            call="sandbox.chaos.stress:main",
+            argv=(wanted.dump(),),
+            stdin=False,
+            security=None,
         )
         read, write = os.pipe2(os.O_CLOEXEC)
         try:

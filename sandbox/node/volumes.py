@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -62,11 +63,14 @@ class Volumes:
     async def prepare(self) -> None:
         """Make, or renew, all volumes. Raises `NotReady`."""
         self.token_until = None
+        group = (self._pod["spec"].get("securityContext") or {}).get("fsGroup")
         for volume in self._pod["spec"].get("volumes") or []:
             try:
-                self._sources[volume["name"]] = await self._one(volume)
+                source = self._sources[volume["name"]] = await self._one(volume)
             except ApiError as missing:
                 raise NotReady(f'MountVolume.SetUp failed for volume "{volume["name"]}" : {missing}') from missing
+            if group is not None and "hostPath" not in volume:
+                _give(source, int(group))
 
     async def _one(self, volume: Obj) -> Path:
         name = volume["name"]
@@ -179,6 +183,15 @@ class Volumes:
 def _make(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o777)  # any user may write, as in an emptyDir
+
+
+def _give(directory: Path, group: int) -> None:
+    """fsGroup: the volume and all in it belongs to the group, and what is made in it will."""
+    with contextlib.suppress(OSError):  # in a user namespace there is one group only; the Event NotEnforced says so
+        for path in (directory, *directory.rglob("*")):
+            os.chown(path, -1, group, follow_symlinks=False)
+            if path.is_dir():
+                path.chmod(path.stat().st_mode | 0o2770)
 
 
 def _write(directory: Path, files: Mapping[str, bytes]) -> None:

@@ -31,8 +31,9 @@ from typing import Any, NoReturn
 import orjson
 import setproctitle
 
-from sandbox.node import cgroups, linux, mounts
+from sandbox.node import cgroups, linux, mounts, security
 from sandbox.node.mounts import Mount
+from sandbox.node.security import Security
 
 _MESSAGE = 200_000  # bytes; below the default of net.core.wmem_default
 
@@ -62,6 +63,7 @@ class Spawn:
     join: str | None = None  # run inside the namespaces of this other spawned process
     cgroups: tuple[str, ...] = ()  # directories of the control groups to enter
     oom_score_adj: int | None = None
+    security: Security | None = None  # None: as whoever forks it
 
 
 class StartError(Exception):
@@ -202,6 +204,7 @@ def _prepare(
     _reset_signals(exec=order["call"] is None)
     random.seed()
     cgroups.enter(order["cgroups"])
+    may = Security.load(order["security"]) if order["security"] else None
     if order["oom_score_adj"] is not None:
         linux.oom_score_adj(order["oom_score_adj"])
     rest = list(fds)
@@ -221,13 +224,8 @@ def _prepare(
         if order["mounts"] is None:
             mounts.proc()
         else:
-            mounts.apply([Mount(**item) for item in order["mounts"]])
-    for kind, fd in spaces.items():
-        if kind == linux.ROOT:
-            os.fchdir(fd)
-            os.chroot(".")
-        elif kind != linux.CLONE_NEWPID:  # entered by the fork
-            linux.setns(fd, kind)
+            mounts.apply([Mount(**item) for item in order["mounts"]], may)
+    _join(spaces)
     os.chdir(order["cwd"])
     for fd, number in ((source, 0), (out, 1), (err, 2)):
         os.dup2(fd, number)
@@ -236,7 +234,18 @@ def _prepare(
     for fd in rest:
         os.set_inheritable(fd, True)
     _close_others(keep=[*rest, ready])
+    if may:
+        security.apply(may)
     return target
+
+
+def _join(spaces: Mapping[int, int]) -> None:
+    for kind, fd in spaces.items():
+        if kind == linux.ROOT:
+            os.fchdir(fd)
+            os.chroot(".")
+        elif kind != linux.CLONE_NEWPID:  # entered by the fork
+            linux.setns(fd, kind)
 
 
 def _reset_signals(*, exec: bool) -> None:
