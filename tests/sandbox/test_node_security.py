@@ -87,7 +87,8 @@ def test_no_new_privileges(running: Running) -> None:
 
 
 WRITE = """
-for path in ('/etc/gameday-test', '/var/gameday-test', '/tmp/gameday-test', '/dev/shm/gameday-test', '/run/gameday-test'):
+for place in ('/etc', '/var', '/tmp', '/dev/shm', '/run'):
+    path = place + '/gameday-test'
     try:
         open(path, 'w').close()
         print('wrote', path)
