@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import uvloop
 
-from sandbox import dns, prometheus, repair
+from sandbox import dns, prometheus, repair, unenforced
 from sandbox.chaos import controller
 from sandbox.client import SERVICES, ApiError, HttpApi
 from sandbox.discovery import Discovery
@@ -59,6 +59,7 @@ async def _run(config: Config, target: socket.socket, prometheus_sock: socket.so
         work: list[Coroutine[Any, Any, None]] = [
             controller.run(api),  # its definitions are installed by the supervisor
             repair.run(api, config.clocks),
+            unenforced.run(api),
             dns.Server(api).serve(DNS_ADDRESS, DNS_PORT),
             Discovery(api).serve("127.0.0.1", prometheus.DISCOVERY_PORT),
             endpoints.run(),
