@@ -27,6 +27,7 @@ from gameday.preflight import Check, Preflight
 from gameday.rbac import show as show_rbac
 from gameday.spec import SAFE_NAME
 from gameday.toolkit import validate as validate_
+from gameday.trials import Trials
 from loadgen.cli import load
 from probes.prometheus import Prometheus
 from reports import as_json, console, html, junit, verdicts
@@ -248,10 +249,16 @@ def judge(directory: Path) -> None:
         if record.write_verdict(one, judgement).read_bytes() != was and was:
             click.echo(f"gameday: {path} is not what the record comes to; it was written anew.", err=True)
         judged.append(judgement)
+    pooled: list[Trials] = []
     if not (directory / "run.json").exists():  # a whole run: what could not begin has no record, and is no PASS
-        judged += [e.judgement for e in verdicts.entries(directory) if not (e.dir / "run.json").exists()]
+        entries = verdicts.entries(directory)
+        judged += [e.judgement for e in entries if not (e.dir / "run.json").exists()]
+        pooled += verdicts.trials(entries)
     console.show(judged)
-    sys.exit(0 if Verdict.worst(one.verdict for one in judged) is Verdict.PASS else 1)
+    for trials in pooled:
+        _say(f"{trials.experiment}: {trials.story}")
+    worst = Verdict.worst([*(one.verdict for one in judged), *(trials.verdict for trials in pooled)])
+    sys.exit(0 if worst is Verdict.PASS else 1)
 
 
 @main.command()

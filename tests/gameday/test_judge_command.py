@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,21 @@ def test_a_run_that_was_never_sealed_is_refused(judged: Path) -> None:
     (judged / "seal.json").unlink()
     done = gameday("judge", judged)
     assert done.returncode == 2 and "did not end properly" in done.stderr
+
+
+def test_a_trial_that_was_asked_for_and_is_not_there_is_no_pass(judged: Path) -> None:
+    """Whole directories can get lost, too: what was asked for is in every record."""
+    run = Plant(between(HARM + 0.2, HARM + 0.6), poisson=10, fault=replace(FAULT, one_shot=True)).build()
+    root = judged.parent.with_name("run-2")
+    for trial in (1, 2):
+        about = replace(run.about, trial=trial, settings={"trials": "2"})
+        directory = write(root / ("zone_outage" if trial == 1 else "zone_outage.2"), replace(run, about=about))
+        record.seal(directory)
+    done = gameday("judge", root)
+    assert done.returncode == 0 and "2 of 2" in done.stdout, done.stdout + done.stderr
+    shutil.rmtree(root / "zone_outage.2")
+    done = gameday("judge", root)
+    assert done.returncode == 1 and "1 of 2" in done.stdout, done.stdout + done.stderr
 
 
 def test_objectives_recorded_are_those_that_are_judged(judged: Path) -> None:
