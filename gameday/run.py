@@ -58,7 +58,7 @@ PACKAGES = (
 )  # whose versions a record names
 HEALS = 2  # attempts; what is not undone then is for `gameday heal`, and the verdict says so
 LONGEST = 60.0  # seconds after its time until whatever has an end of its own has ended by itself
-REBALANCE_WITHIN = 120.0  # seconds for a rollout restart
+REBALANCE_WITHIN = 120.0  # seconds for a rollout, at least
 
 
 class Session:
@@ -148,7 +148,7 @@ class Session:
         self._effects = Witness(*parts, self._cluster) if foreign else Effects(*parts)
         # The load's plan must outlast everything that may take its time: the heal, and the rebalancing.
         seed = self._arena.seed + self._trial - 1
-        self._flow.start(self.spec.traffic, seed, self._lasts + REBALANCE_WITHIN, self._settings, self.dir)
+        self._flow.start(self.spec.traffic, seed, self._lasts + self._rolls_within, self._settings, self.dir)
         self._sampler = Sampler(
             self._arena.prometheus,
             self.spec.objectives.queries(),
@@ -471,10 +471,16 @@ class Session:
             self._cluster.patch(DEPLOYMENTS, name, patch, namespace, type="strategic")
         self._settle(deployments, "rebalance")
 
+    @property
+    def _rolls_within(self) -> float:
+        """Seconds for a rollout of ours: the way back of an update may take as long as the way there."""
+        return max(REBALANCE_WITHIN, 2 * self._plan.facts.lasting if self._plan and self._plan.settles else 0.0)
+
     def _settle(self, deployments: tuple[str, ...], what: str) -> None:
         """Wait until these Deployments have rolled out."""
         namespace = self._settings.namespace
-        self._phase, self._phase_ends = what, clock.now() + REBALANCE_WITHIN
+        within = self._rolls_within
+        self._phase, self._phase_ends = what, clock.now() + within
         looked = [0.0]
 
         def rolled_out() -> bool:
@@ -484,10 +490,10 @@ class Session:
             return all(_rolled_out(self._cluster.get(DEPLOYMENTS, name, namespace)) for name in deployments)
 
         begun = clock.now()
-        self._tick(REBALANCE_WITHIN, until=rolled_out)
+        self._tick(within, until=rolled_out)
         took = clock.now() - begun
-        if took >= REBALANCE_WITHIN:
-            self.tape.note("fail", f"the {what} did not end within {show_duration(REBALANCE_WITHIN)}")
+        if took >= within:
+            self.tape.note("fail", f"the {what} did not end within {show_duration(within)}")
         else:
             self.tape.note("info", f"the {what} took {took:.1f} s")
         self._phase, self._phase_ends = str(Phase.AFTER), clock.now() + self.spec.hold(self._settings)

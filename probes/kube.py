@@ -50,6 +50,7 @@ class Watcher:
         self._lock = threading.Lock()
         self._zones: dict[str, str] = {}
         self._pods: dict[str, Pod] = {}  # by uid
+        self._ending: dict[str, tuple[float, str]] = {}  # uid → when it was seen to be deleted, and its node
         self._born: dict[str, float] = {}  # uid → when the watch first saw it; pods that were there are not in it
         self._nodes: dict[str, Node] = {}  # by uid
         self._endpoints: dict[tuple[str, str], EndpointMark] = {}
@@ -142,11 +143,13 @@ class Watcher:
             return bool({pod.key for pod in self._pods.values()} & set(keys))
 
     def cordoned(self, nodes: Iterable[str], since: float) -> Seen:
-        """Whether all these nodes are unschedulable, as the watch has it."""
+        """Whether all these nodes are unschedulable, as the watch has it; since when a pod on them had to go, if any."""
         with self._lock:
             open_ = sorted(set(nodes) - {node.name for node in self._nodes.values() if node.unschedulable})
+            going = sorted(at for at, node in self._ending.values() if at >= since and node in nodes)
         told = f"{', '.join(open_)} still schedulable" if open_ else "the watch sees the node(s) cordoned"
-        return Seen(not open_, not open_, clock.now(), since, told)
+        told += f", {len(going)} pod(s) on them ending" if going else ""
+        return Seen(not open_, not open_, going[0] if going else clock.now(), since, told)
 
     def newborn(self, deployment: str, since: float) -> Seen:
         """Whether a pod of the Deployment has been born since then."""
@@ -205,6 +208,7 @@ class Watcher:
         if pod.restarts > old.restarts:
             self._mark(pod, "restarted", f"restart {pod.restarts}")
         if pod.terminating and not old.terminating:
+            self._ending[pod.uid] = (clock.now(), pod.node)
             self._mark(pod, "terminating")
         elif pod.ready != old.ready and not pod.terminating:
             self._mark(pod, "ready" if pod.ready else "unready", pod.waiting)

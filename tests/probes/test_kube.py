@@ -48,6 +48,26 @@ def test_a_cordon_counts_when_the_watch_has_seen_all_of_it() -> None:
     assert not watch.cordoned(("unknown",), 0.0).holds
 
 
+def test_a_drain_acts_from_the_first_pod_on_its_nodes_that_has_to_go() -> None:
+    watch = watcher()
+    metadata = {"name": "n1", "uid": "n1", "labels": {}}
+    watch._on_node(Watched("ADDED", {"metadata": metadata, "spec": {"unschedulable": True}, "status": {}}), True)
+    for name, node in (("here", "n1"), ("elsewhere", "n2")):
+        made = pod(name)
+        made["spec"]["nodeName"] = node
+        watch._on_pod(Watched("ADDED", made), False)
+    harm = clock.now()
+    for name in ("elsewhere", "here"):
+        ended = pod(name)
+        ended["spec"]["nodeName"] = "n1" if name == "here" else "n2"
+        ended["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        watch._on_pod(Watched("MODIFIED", ended), True)
+    after = clock.now()
+    seen = watch.cordoned(("n1",), harm)
+    assert seen.settled and harm <= seen.since <= after and "1 pod(s) on them ending" in seen.detail
+    assert watch.cordoned(("n1",), after + 1).since > after, "of earlier ends nothing follows"
+
+
 def test_whether_a_pod_is_still_there() -> None:
     watch = watcher()
     watch._on_pod(Watched("ADDED", pod("old")), False)
