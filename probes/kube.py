@@ -143,7 +143,7 @@ class Watcher:
             return bool({pod.key for pod in self._pods.values()} & set(keys))
 
     def cordoned(self, nodes: Iterable[str], since: float) -> Seen:
-        """Whether all these nodes are unschedulable, as the watch has it; since when a pod on them had to go, if any."""
+        """Whether all these nodes are unschedulable, as the watch has it; `since`: a pod on them had to go."""
         with self._lock:
             open_ = sorted(set(nodes) - {node.name for node in self._nodes.values() if node.unschedulable})
             going = sorted(at for at, node in self._ending.values() if at >= since and node in nodes)
