@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from nodes_world import READINESS, api_of, eventually, living, pod, sandbox
 
+from faults.freeze import FREEZE
 from sandbox.client import NODES, PODS, Obj
 from sandbox.up import Running
 
@@ -74,20 +75,39 @@ def test_a_reset_machine_boots_again_and_takes_up_its_pods(running: Running) -> 
     asyncio.run(scenario())
 
 
-def test_a_pod_with_the_hosts_processes_sees_and_signals_those_of_other_pods(running: Running) -> None:
+def test_a_pod_with_the_hosts_processes_stops_those_of_one_pod_and_lets_them_go(running: Running) -> None:
+    """The script of PodHang and ZombieEngine, as its Job runs it."""
+
     async def scenario() -> None:
-        async with living(running, pod("victim", {"readinessProbe": READINESS})) as victim:
+        async with (
+            living(running, pod("victim", {"readinessProbe": READINESS})) as victim,
+            living(running, pod("bystander", {"readinessProbe": READINESS})) as bystander,
+        ):
             uid = (await victim.until(lambda s: s.ready)).object["metadata"]["uid"]
-            stop = f"grep -q pods/{uid}/ $p/mountinfo 2>/dev/null && kill -STOP ${{p#/proc/}}"
-            find = f"for p in /proc/[0-9]*; do {stop}; done"
-            async with living(running, shell("warden", f"{find}; sleep 600", hostPID=True)) as warden:
+            await bystander.until(lambda s: s.ready)
+            wanted = {"POD_UID": uid, "POD_NAME": "victim", "PATTERN": ".", "SECONDS_HELD": "600"}
+            env = {"env": [{"name": key, "value": value} for key, value in wanted.items()]}
+            async with living(running, shell("warden", FREEZE, env, hostPID=True)) as warden:
                 await victim.until(lambda s: s.condition("Ready").get("status") == "False", since=len(victim.seen) - 1)
-                await warden.until(lambda s: s.running)
-                await warden.delete(grace=1)
+                mark = len(victim.seen)
+                assert bystander.seen[-1].ready, "and neither its kubelet nor anybody else"
+                await warden.delete(grace=5)
                 await warden.gone(within=10)
+                await victim.until(lambda s: s.ready, since=mark)
             async with api_of(running) as api:
                 left = await api.get(PODS, "victim", "default")
                 assert left["status"]["containerStatuses"][0]["restartCount"] == 0, "stopped, not killed"
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_stopped_where_nothing_matches(running: Running) -> None:
+    async def scenario() -> None:
+        wanted = {"POD_UID": "nobody", "POD_NAME": "nobody", "PATTERN": ".", "SECONDS_HELD": "600"}
+        env = {"env": [{"name": key, "value": value} for key, value in wanted.items()]}
+        async with living(running, shell("warden", FREEZE, env, hostPID=True)) as warden:
+            ended = await warden.until(lambda s: s.status.get("phase") == "Failed")
+            assert ended.ended and ended.ended["exitCode"] == 1
 
     asyncio.run(scenario())
 
