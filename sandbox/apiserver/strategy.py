@@ -55,7 +55,7 @@ _GENERATIONS = frozenset(
 # Nothing in the sandbox acts on these; accepting them would be a lie.
 UNSUPPORTED = frozenset({"PersistentVolume", "ReplicationController", "Ingress", "StorageClass"})
 # Stored, so that manifests can be applied; the client is warned that they have no effect.
-_INERT = frozenset({"CronJob", "NetworkPolicy", "PersistentVolumeClaim"})
+_INERT = frozenset({"NetworkPolicy", "PersistentVolumeClaim"})
 # Kinds whose rules look into `spec`: it is there, if empty, as a Go struct is.
 _WITH_SPEC = frozenset(
     {

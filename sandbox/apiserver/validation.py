@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
+from zoneinfo import available_timezones
 
 from sandbox.apiserver import errors
 from sandbox.apiserver.errors import Cause
@@ -26,6 +27,7 @@ from sandbox.apiserver.rules import (
 )
 from sandbox.apiserver.selectors import from_object
 from sandbox.client import Obj
+from sandbox.controllers import cron
 
 # -- quantities
 
@@ -399,9 +401,23 @@ def _job(obj: Obj) -> list[Cause]:
 # -- other kinds
 
 
+def _schedule(spec: Obj) -> list[Cause]:
+    text, zone = spec.get("schedule"), spec.get("timeZone")
+    if not text:
+        return [required("spec.schedule")]
+    causes = []
+    try:
+        cron.parse(text)
+    except ValueError as wrong:
+        causes.append(invalid("spec.schedule", text, str(wrong)))
+    if zone is not None and zone not in available_timezones():
+        causes.append(invalid("spec.timeZone", zone, f"unknown time zone {zone}"))
+    return causes
+
+
 def _cronjob(obj: Obj) -> list[Cause]:
     spec = obj["spec"]
-    causes = [] if spec.get("schedule") else [required("spec.schedule")]
+    causes = _schedule(spec)
     causes += _one_of(spec, "concurrencyPolicy", "spec", ("Allow", "Forbid", "Replace"))
     pod = spec["jobTemplate"]["spec"]["template"]["spec"]
     causes += pod_spec(pod, "spec.jobTemplate.spec.template.spec")

@@ -12,6 +12,7 @@ from sandbox.client import Api
 from sandbox.controllers.autoscaler import Autoscalers
 from sandbox.controllers.catalog import Catalog
 from sandbox.controllers.collector import GarbageCollector
+from sandbox.controllers.cronjob import CronJobs
 from sandbox.controllers.daemonset import DaemonSets
 from sandbox.controllers.deployment import Deployments
 from sandbox.controllers.disruption import DisruptionBudgets
@@ -39,6 +40,7 @@ _CONTROLLERS: tuple[type[Controller], ...] = (
     StatefulSets,
     DaemonSets,
     JobPods,
+    CronJobs,
 )
 
 
