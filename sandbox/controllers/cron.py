@@ -22,13 +22,8 @@ _WORDS = {
     "@midnight": "0 0 * * *",
     "@hourly": "0 * * * *",
 }
-_BOUNDS: tuple[tuple[int, int, dict[str, int]], ...] = (
-    (0, 59, {}),
-    (0, 23, {}),
-    (1, 31, {}),
-    (1, 12, _MONTHS),
-    (0, 6, _DAYS),
-)
+_Bounds = tuple[int, int, dict[str, int]]  # least, most, names
+_BOUNDS: tuple[_Bounds, ...] = ((0, 59, {}), (0, 23, {}), (1, 31, {}), (1, 12, _MONTHS), (0, 6, _DAYS))
 _MISSED_DAYS = 400  # no time missed longer ago is made up for
 _YEARS = 5  # without a match for so long, there is none (30 February)
 
