@@ -13,6 +13,7 @@ from sandbox import deploy, prometheus
 from sandbox.discovery import targets
 from sandbox.node import images, kernel_log, logs, probes
 from sandbox.node.container import BackOff
+from sandbox.node.events import Recorder
 from sandbox.node.images import Image
 from sandbox.node.status import ContainerView, PodView, go_duration, phase, qos_class, report, same
 from sandbox.node.volumes import NotReady, Place, expand, field_value
@@ -404,3 +405,41 @@ def test_every_object_of_a_stack_can_be_deployed(stack: str) -> None:
 def test_options_survive_the_way_to_the_supervisor() -> None:
     options = Options(zones=("x", "y"), clocks=REAL, stack="fragile", state_dir=Path("/somewhere"), parent=7)
     assert load(dump(options)) == options
+
+
+class Written:
+    """Takes events as an API does."""
+
+    def __init__(self) -> None:
+        self.created: list[dict[str, object]] = []
+        self.counted = 0
+
+    async def create(self, _: object, event: dict[str, object], __: str) -> dict[str, object]:
+        self.created.append(event)
+        return event
+
+    async def patch(self, _: object, __: str, change: dict[str, object], ___: str) -> dict[str, object]:
+        self.counted += 1
+        return {**self.created[-1], **change}
+
+
+def test_events_are_counted_up_and_a_chatty_object_is_throttled() -> None:
+    """client-go's spam filter: 25 of one object, then one every 5 minutes (facts/kubelet.md §0)."""
+
+    async def scenario() -> None:
+        api = Written()
+        recorder = Recorder(api, "n1")  # type: ignore[arg-type]  # as much of an API as it uses
+        task = asyncio.create_task(recorder.run())
+        about = {"kind": "Pod", "apiVersion": "v1", "metadata": {"name": "p", "namespace": "x", "uid": "u"}}
+        other = {**about, "metadata": {"name": "q", "namespace": "x", "uid": "v"}}
+        for _ in range(40):
+            recorder.record(about, "Warning", "Unhealthy", "no")
+        recorder.record(other, "Normal", "Started", "yes")
+        async with asyncio.timeout(5):
+            while len(api.created) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        task.cancel()
+        assert [event["reason"] for event in api.created] == ["Unhealthy", "Started"]
+        assert api.counted == 24, "25 in all, in one object"
+
+    asyncio.run(scenario())

@@ -537,3 +537,34 @@ def test_an_allocatable_value_that_others_set_is_kept(running: Running) -> None:
             assert node["status"]["capacity"]["nvidia.com/gpu"] == "2"
 
     asyncio.run(scenario())
+
+
+def test_a_grpc_probe_is_refused_and_says_so(running: Running) -> None:
+    async def scenario() -> None:
+        probe = {"grpc": {"port": 8000}, "periodSeconds": 1}
+        async with living(running, pod("grpc", {"readinessProbe": probe})) as life:
+            await life.until(lambda s: s.running)
+            (event, *_) = await eventually(lambda: life.events("Unhealthy"))
+            assert event["message"] == "Readiness probe failed: the sandbox has no grpc probes"
+            assert not life.seen[-1].ready
+
+    asyncio.run(scenario())
+
+
+def test_a_first_pull_takes_its_time_and_the_second_none(running: Running) -> None:
+    async def scenario() -> None:
+        image = {"image": "gameday/dcgm-exporter:v1", "args": []}
+        async with living(running, pod("puller", image)) as life:
+            await life.until(lambda s: s.running)
+            messages = [e["message"] for e in await eventually(lambda: life.events("Pulled"))]
+            assert len(messages) == 1 and messages[0].startswith(
+                'Successfully pulled image "gameday/dcgm-exporter:v1" in '
+            )
+            assert await life.events("Pulling")
+        async with living(running, pod("again", image)) as life:
+            await life.until(lambda s: s.running)
+            (event,) = await eventually(lambda: life.events("Pulled"))
+            assert event["message"].endswith("already present on machine and can be accessed by the pod")
+            assert not await life.events("Pulling")
+
+    asyncio.run(scenario())
