@@ -92,7 +92,10 @@ def _diverted(rules: Sequence[Rule], device: str) -> Iterator[tuple[socket.socke
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as source,
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sink,
     ):
-        source.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+        try:
+            source.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+        except PermissionError:  # an ordinary user's: as much as the machine allows
+            source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
         source.setblocking(False)
         source.bind((_OUT, _ETH_P_IP))
         sink.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, MARK)
