@@ -226,7 +226,7 @@ class Soak:
         if busy := [r["metadata"]["name"] for r in rules if any((r.get("spec") or {}).values())]:
             return f"PodNetworkChaos {busy[0]} still has rules"
         nodes, _ = await self.api.list(NODES)
-        bad = [n["metadata"]["name"] for n in nodes if n["spec"].get("taints") or not deploy.is_ready(n)]
+        bad = [n["metadata"]["name"] for n in nodes if not _fit(n)]
         if bad or len(nodes) != 6:
             return f"{len(nodes)} nodes, not fit: {', '.join(bad) or 'none'}"
         pods, _ = await self.api.list(PODS)
@@ -247,6 +247,10 @@ class Soak:
             except (aiohttp.ClientError, TimeoutError) as lost:
                 return f"a request failed: {lost!r}"
         return ""
+
+
+def _fit(node: Obj) -> bool:
+    return deploy.is_ready(node) and not node["spec"].get("taints") and not node["spec"].get("unschedulable")
 
 
 async def soak(running: Running, wanted: int, seed: int, within: float) -> int:
