@@ -361,18 +361,22 @@ def _slice(obj: Obj) -> Cells:
 
 
 def _hpa_metric(obj: Obj) -> str:
-    spec, status = obj["spec"], obj.get("status") or {}
+    """What each metric is, and what it shall be: `cpu: 80%/50%`, `9/3`."""
+    current = (obj.get("status") or {}).get("currentMetrics") or []
     found = []
-    current = status.get("currentMetrics") or []
-    for i, metric in enumerate(spec.get("metrics") or []):
-        part = metric.get("resource") or {}
+    for i, metric in enumerate(obj["spec"].get("metrics") or []):
+        source = metric["type"][0].lower() + metric["type"][1:]
+        part = metric.get(source) or {}
+        have = ((current[i].get(source) or {}).get("current") or {}) if i < len(current) else {}
         target = part.get("target") or {}
-        have = (current[i].get("resource") or {}).get("current", {}) if i < len(current) else {}
+        title = f"{part['name']}: " if "name" in part else ""
         if "averageUtilization" in target:
             now = f"{have['averageUtilization']}%" if "averageUtilization" in have else UNKNOWN
-            found.append(f"{part.get('name')}: {now}/{target['averageUtilization']}%")
-        else:
-            found.append(f"{UNKNOWN}/{target.get('averageValue') or target.get('value')}")
+            found.append(f"{title}{now}/{target['averageUtilization']}%")
+            continue
+        key = "averageValue" if target.get("averageValue") else "value"
+        average = " (avg)" if source == "external" and key == "averageValue" else ""
+        found.append(f"{title}{have.get(key, UNKNOWN)}/{target.get(key)}{average}")
     return ", ".join(found) or NONE
 
 

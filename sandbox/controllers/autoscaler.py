@@ -193,16 +193,18 @@ class Autoscalers(Controller):
 
     async def _proposed(self, hpa: Obj, target: Obj, current: int) -> tuple[Proposal, list[Obj]]:
         """The highest proposal of all metrics, and their values. Raises `NoMetric`."""
-        proposals, missed = [], None
+        proposals, values, missed = [], [], None
         for metric in hpa["spec"].get("metrics") or ():
             try:
                 proposals.append(await self._propose(metric, target, current))
+                values.append(proposals[-1].status)
             except NoMetric as missing:
                 missed = missed or missing
+                values.append({"type": ""})  # in its place, so that the others keep theirs
         best = max(proposals, key=lambda proposal: proposal.replicas, default=None)
         if best is None or (missed and best.replicas < current):
             raise missed or NoMetric("InvalidMetricSourceType", "no metrics are given")
-        return best, [proposal.status for proposal in proposals]
+        return best, values
 
     async def _propose(self, metric: Obj, target: Obj, current: int) -> Proposal:
         kind = metric["type"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from nodes_world import PYTHON, api_of, eventually, require_root_and_prometheus, sandbox
 
+from sandbox.apiserver.tables import _hpa_metric
 from sandbox.client import DEPLOYMENTS, HPAS, PODS, HttpApi, Obj
 from sandbox.controllers import scaling
 from sandbox.controllers.autoscaler import NoMetric, requests, rules
@@ -114,6 +115,43 @@ def test_a_metric_that_is_no_gauge_is_refused() -> None:
         _series("n", "vllm:request_success_total", {})
     with pytest.raises(Unavailable, match="not a name"):
         _series("n", "up or vector(1)", {})
+
+
+@pytest.mark.parametrize(
+    ("metric", "current", "cell"),
+    [
+        (
+            {"type": "Resource", "resource": {"name": "cpu", "target": {"averageUtilization": 50}}},
+            {
+                "type": "Resource",
+                "resource": {"name": "cpu", "current": {"averageUtilization": 80, "averageValue": "8m"}},
+            },
+            "cpu: 80%/50%",
+        ),
+        (
+            {"type": "Resource", "resource": {"name": "memory", "target": {"averageValue": "1Gi"}}},
+            {"type": "Resource", "resource": {"name": "memory", "current": {"averageValue": "2Gi"}}},
+            "memory: 2Gi/1Gi",
+        ),
+        (
+            {"type": "Pods", "pods": {"metric": {"name": "q"}, "target": {"averageValue": "3"}}},
+            {"type": "Pods", "pods": {"metric": {"name": "q"}, "current": {"averageValue": "9"}}},
+            "9/3",
+        ),
+        (
+            {"type": "External", "external": {"metric": {"name": "q"}, "target": {"averageValue": "3"}}},
+            {"type": "External", "external": {"metric": {"name": "q"}, "current": {"averageValue": "9"}}},
+            "9/3 (avg)",
+        ),
+        (
+            {"type": "External", "external": {"metric": {"name": "q"}, "target": {"value": "3"}}},
+            {"type": ""},
+            "<unknown>/3",
+        ),
+    ],
+)
+def test_the_cell_that_kubectl_shows(metric: Obj, current: Obj, cell: str) -> None:
+    assert _hpa_metric({"spec": {"metrics": [metric]}, "status": {"currentMetrics": [current]}}) == cell
 
 
 # -- on a live sandbox
