@@ -13,15 +13,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
 import pytest
+from click.testing import CliRunner
 from nodes_world import api_of, eventually, host_pids, living, pod, require_root_and_prometheus, sandbox
 
+from gameday.cli import main
 from sandbox import deploy
-from sandbox.client import DEPLOYMENTS, NODES, SERVICES
-from sandbox.options import COMPRESSED, Options
+from sandbox.client import DEPLOYMENTS, NODES, SERVICES, ApiError, Kind
+from sandbox.options import BARE, COMPRESSED, REAL, Options
 from sandbox.up import Running, SandboxError, down, find, up
 
 # A TLS transport that is cancelled in the middle of a watch closes a moment after its loop has.
@@ -324,3 +327,28 @@ def test_a_stack_that_does_not_get_ready_says_which_pods_and_why(tmp_path: Path)
 
     with sandbox(tmp_path / "state", gpus_per_node=1) as running:
         asyncio.run(scenario(running))
+
+
+def test_a_bare_sandbox_is_a_control_plane_on_the_clocks_of_the_oracle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: the control plane runs in namespaces")
+    monkeypatch.setenv("GAMEDAY_STATE_DIR", str(tmp_path / "state"))
+    done = CliRunner().invoke(main, ["up", "--bare"])
+    try:
+        assert done.exit_code == 0, done.output
+        running = find(tmp_path / "state")
+        assert running and running.clocks == "bare" and not running.target_url and not running.prometheus_url
+        assert (BARE.node_monitor_grace, BARE.node_monitor_period) == (8, 1)
+        assert replace(BARE, name="real", node_monitor_grace=50, node_monitor_period=5) == REAL, "and else as they are"
+
+        async def look() -> None:
+            async with api_of(running) as api:
+                assert (await api.list(NODES))[0] == []
+                with pytest.raises(ApiError):  # nobody is there to ask for metrics
+                    await api.list(Kind("metrics.k8s.io", "v1beta1", "pods", "PodMetrics"))
+
+        asyncio.run(look())
+    finally:
+        assert CliRunner().invoke(main, ["down"]).output == "sandbox is down\n"
