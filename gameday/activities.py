@@ -247,7 +247,10 @@ class Running:
         self._over = threading.Event()
         self._wrong = ""
         self._output: Any = None
-        threading.Thread(target=self._work, name=f"activity-{one.name}", daemon=True).start()
+        try:
+            threading.Thread(target=self._work, name=f"activity-{one.name}", daemon=True).start()
+        except RuntimeError:  # the interpreter is on its way out: rollbacks still run, in the thread that is left
+            self._work()
 
     @property
     def over(self) -> bool:

@@ -142,7 +142,8 @@ class Session:
         self._watcher = Watcher(self._cluster, labels_of(view.selector), self._settings.service, self.tape.emit)
         self._watcher.start()
         self._reach = Reach(self._cluster, view, self._settings.prober_image, self._lasts)
-        self._reach.start(plan, lambda pod: self._save(pod["metadata"]["name"], pod))
+        within = max(30.0, 2 * self._settings.heal_within)  # a node that has not pulled the image yet
+        self._reach.start(plan, lambda pod: self._save(pod["metadata"]["name"], pod), within)
         parts = plan, self._reach, self._watcher, self.tape
         foreign = isinstance(self.spec.fault, ChaosToolkit)
         self._effects = Witness(*parts, self._cluster) if foreign else Effects(*parts)

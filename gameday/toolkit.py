@@ -122,9 +122,14 @@ def prepare(spec: Mapping[str, Any]) -> bool:
     if _session is None:
         from gameday import arena  # noqa: PLC0415 - only `chaos run` needs it
 
-        opened = arena.open_named()
-        _session = Session(opened.arena, spec_from_json(spec))
-        _stand_alone(_session)
+        try:
+            _session = Session(arena.open_named().arena, spec_from_json(spec))
+            _stand_alone(_session)
+        except BaseException as wrong:
+            # chaoslib takes it for one failed action among others, and chaos exits 0.
+            told = str(wrong) if isinstance(wrong, GamedayError) else repr(wrong)
+            atexit.register(_end, f"ERROR: the experiment could not begin: {censored(told)}")
+            raise
     return _step("prepare")
 
 
@@ -242,17 +247,29 @@ def _stand_alone(session: Session) -> None:
     stack.enter_context(_log_to(session.dir))
 
     def conclude() -> None:
+        judgement = None
+        told = "ERROR: the experiment could not begin"
         try:
-            session.heal()
-        finally:
-            session.finish()
-        stack.close()
-        judgement = session.conclude()
-        print(console.story(judgement) if judgement else "ERROR: the experiment could not begin", flush=True)
+            try:
+                session.heal()
+            finally:
+                session.finish()
+            stack.close()
+            judgement = session.conclude()
+            told = console.story(judgement) if judgement else told
+        except BaseException as wrong:  # noqa: BLE001 - on the way out an exception would leave the exit code 0
+            told, judgement = f"ERROR: {censored(str(wrong) or repr(wrong))}", None
         if judgement is None or not judgement.passed:
-            os._exit(1)
+            _end(told)
+        print(told, flush=True)
 
     atexit.register(conclude)
+
+
+def _end(told: str) -> None:
+    """Leave with 1, whatever code chaos has chosen."""
+    print(told, flush=True)
+    os._exit(1)
 
 
 def execute(session: Session, title: str, seed: int) -> None:

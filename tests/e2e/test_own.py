@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,33 @@ def test_a_teams_experiment_passes_under_our_load_and_verdict(reference: Stage) 
         "steady state after",
     ]
     ensure_experiment_is_valid(json.loads((done.root / "kill" / "experiment.json").read_text()))
+    wait_for_six_engines(cluster_of(reference))
+    assert_clean(reference)
+
+
+def test_plain_chaos_validates_and_repeats_it(reference: Stage) -> None:
+    """`chaos run` exits 0 for whatever fails; with our actions in it, only for PASS."""
+    newest = max((reference.tmp / "runs").glob("*/kill/experiment.json"), key=lambda path: path.stat().st_mtime)
+
+    def chaos(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        given = {**reference.env, **env(reference), "GAMEDAY_RUNS_DIR": str(reference.tmp / "chaos"), **more}
+        return subprocess.run(
+            [sys.executable, "-m", "chaostoolkit", *words],
+            cwd=reference.tmp,
+            env=given,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    assert chaos("validate", str(newest)).returncode == 0
+    done = chaos("run", str(newest), GAMEDAY_CONTEXT="gameday-sandbox")
+    (verdict,) = (reference.tmp / "chaos").glob("*/kill/verdict.json")
+    found = json.loads(verdict.read_text())
+    short = [one["objective"] for one in found["findings"] if one["status"] != "PASS"]
+    assert set(short) <= {"load generator fit"} and done.returncode == (1 if short else 0), done.stdout + done.stderr
+    assert found["verdict"] in done.stdout
     wait_for_six_engines(cluster_of(reference))
     assert_clean(reference)
 
