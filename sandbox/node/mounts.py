@@ -57,6 +57,7 @@ def apply(mounts: Sequence[Mount], may: Security | None = None) -> None:
     for hidden in ("/run", "/tmp"):  # noqa: S108
         if not _needed(hidden):
             _tmpfs(Path(hidden), covered, "mode=1777")
+    _tmpfs(Path("/dev/shm"), covered, "mode=1777")  # noqa: S108
     if any(not Path("/", *Path(item.target).parts[1:2]).exists() for item in mounts):
         _new_root(covered)
     if may and may.user:
@@ -72,7 +73,6 @@ def apply(mounts: Sequence[Mount], may: Security | None = None) -> None:
         kept.add(target)
         os.close(fd)
     proc()
-    _tmpfs(Path("/dev/shm"), covered, "mode=1777")  # noqa: S108
     _freeze(kept)
     if Path("/proc/sysrq-trigger").exists():  # it is the host's own: a pod may crash its machine, never ours
         mount("/dev/null", "/proc/sysrq-trigger", flags=MS_BIND)

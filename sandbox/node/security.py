@@ -97,6 +97,9 @@ def unenforced(pod: Obj, container: Obj) -> list[str]:
     found = [name for name in _UNENFORCED if own.get(name) or whole.get(name)]
     if own.get("procMount") not in (None, "Default"):
         found.append("procMount")
+    for volume in pod.get("volumes") or []:
+        kept = volume.get("emptyDir") or {}
+        found += [f"{name} of volume {volume['name']}" for name in ("sizeLimit", "medium") if kept.get(name)]
     limits = (container.get("resources") or {}).get("limits") or {}
     found += [f"{name} limit" for name in limits if name == "ephemeral-storage" or name.startswith("hugepages-")]
     return found

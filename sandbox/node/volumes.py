@@ -14,6 +14,8 @@ from pathlib import Path
 from sandbox.client import CONFIGMAPS, SECRETS, SERVICEACCOUNTS, Api, ApiError, Kind, Obj
 from sandbox.node.mounts import Mount
 
+_MODE = 0o644  # of files, unless the volume says otherwise
+
 
 class NotReady(Exception):
     """A volume or variable cannot be made (yet); the text is kubelet's."""
@@ -81,14 +83,15 @@ class Volumes:
         if "emptyDir" in volume:
             return here
         if source := volume.get("configMap"):
-            _write(here, await self._items(CONFIGMAPS, source, source["name"]))
+            _write(here, await self._items(CONFIGMAPS, source, source["name"]), source)
         elif source := volume.get("secret"):
-            _write(here, await self._items(SECRETS, source, source["secretName"]))
+            _write(here, await self._items(SECRETS, source, source["secretName"]), source)
         elif source := volume.get("downwardAPI"):
-            _write(here, self._downward(source))
+            _write(here, self._downward(source), source)
         elif source := volume.get("projected"):
             for part in source.get("sources") or []:
-                _write(here, await self._projected(part))
+                inner: Obj = next(iter(part.values()), {})
+                _write(here, await self._projected(part), {**inner, "defaultMode": source.get("defaultMode", _MODE)})
         else:
             kind = next(iter(volume.keys() - {"name"}), "unnamed")
             raise NotReady(f'MountVolume.SetUp failed for volume "{name}" : the sandbox has no {kind} volumes')
@@ -172,6 +175,8 @@ class Volumes:
             source = self._sources.get(mount["name"])
             if source is None:
                 raise NotReady(f'cannot find volume "{mount["name"]}" to mount into container "{container["name"]}"')
+            if mount.get("subPathExpr"):
+                raise NotReady(f'the sandbox has no subPathExpr (volume "{mount["name"]}"): use subPath')
             if sub := mount.get("subPath"):
                 source /= sub
                 if not source.exists():
@@ -194,12 +199,16 @@ def _give(directory: Path, group: int) -> None:
                 path.chmod(path.stat().st_mode | 0o2770)
 
 
-def _write(directory: Path, files: Mapping[str, bytes]) -> None:
+def _write(directory: Path, files: Mapping[str, bytes], source: Obj) -> None:
+    """Each with its mode: its item's, else the source's `defaultMode`."""
+    usual = int(source.get("defaultMode", _MODE))
+    modes = {item["path"]: int(item["mode"]) for item in source.get("items") or [] if item.get("mode") is not None}
     for name, content in files.items():
         target = directory / name
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f".{target.name}.new")
         fresh.write_bytes(content)
+        fresh.chmod(modes.get(name, usual))
         fresh.replace(target)  # readers see the old or the new, never half
 
 

@@ -216,12 +216,13 @@ async def living(running: Running, manifest: Obj) -> AsyncIterator[Life]:
                     await api.delete(PODS, name, "default", grace=0)
 
 
-async def printed(running: Running, name: str) -> str:
-    """What the pod has written."""
+async def printed(running: Running, name: str, container: str = "") -> str:
+    """What the pod (or one of its containers) has written."""
+    query = f"?container={container}" if container else ""
     token = (Path(running.state_dir) / "token").read_text().strip()
     async with (
         aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as session,
-        session.get(f"{running.api_url}/api/v1/namespaces/default/pods/{name}/log", ssl=False) as answer,
+        session.get(f"{running.api_url}/api/v1/namespaces/default/pods/{name}/log{query}", ssl=False) as answer,
     ):
         return await answer.text()
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nodes_world import PYTHON, Life, living, pod, printed, sandbox
+from nodes_world import PYTHON, Life, api_of, eventually, living, pod, printed, sandbox
 
-from sandbox.client import Obj
+from sandbox.client import CONFIGMAPS, Obj
 from sandbox.node.security import DEFAULT, Refused, Security, mapped, of, unenforced
 from sandbox.up import Running
 
@@ -172,6 +172,50 @@ def test_pods_that_cannot_be_had_as_asked_are_rejected(running: Running, change:
         async with living(running, pod("rejected", **change)) as life:
             failed = await life.until(lambda s: s.status.get("phase") == "Failed")
             assert why in failed.status["message"]
+
+    asyncio.run(scenario())
+
+
+def test_containers_share_a_volume_at_dev_shm(running: Running) -> None:
+    """Regression: the container's own /dev/shm covered the volume; engines get theirs so."""
+
+    async def scenario() -> None:
+        mounted = {"volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}]}
+        write = container("open('/dev/shm/x', 'w').write('from the other'); import time; time.sleep(60)") | mounted
+        read = """
+import time
+while True:
+    try: print(open('/dev/shm/x').read()); break
+    except OSError: time.sleep(0.05)
+time.sleep(60)
+"""
+        manifest = pod("shared", container(read) | mounted, volumes=[{"name": "shm", "emptyDir": {"medium": "Memory"}}])
+        manifest["spec"]["containers"].append(write | {"name": "writer"})
+        async with living(running, manifest) as life:
+
+            async def told() -> bool:
+                return "from the other" in await printed(running, "shared", "web")
+
+            assert await eventually(told, within=10)
+            messages = {event["message"] for event in await life.events("NotEnforced")}
+            assert messages == {"medium of volume shm is not enforced by the sandbox"}
+
+    asyncio.run(scenario())
+
+
+def test_files_of_volumes_have_their_modes(running: Running) -> None:
+    async def scenario() -> None:
+        code = "import os\nfor name in ('a', 'b'): print(oct(os.stat('/data/' + name).st_mode & 0o777))"
+        web = container(code) | {"volumeMounts": [{"name": "d", "mountPath": "/data"}]}
+        source = {"name": "modes", "defaultMode": 0o755, "items": [{"key": "a", "path": "a"}]}
+        source["items"].append({"key": "b", "path": "b", "mode": 0o400})
+        async with api_of(running) as api:
+            data = {"metadata": {"name": "modes", "namespace": "default"}, "data": {"a": "1", "b": "2"}}
+            await api.create(CONFIGMAPS, data, "default")
+        manifest = pod("modes", web, restartPolicy="Never", volumes=[{"name": "d", "configMap": source}])
+        async with living(running, manifest) as life:
+            await ended(life)
+            assert (await printed(running, "modes")).split() == ["0o755", "0o400"]
 
     asyncio.run(scenario())
 
