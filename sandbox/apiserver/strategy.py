@@ -55,7 +55,7 @@ _GENERATIONS = frozenset(
 # Nothing in the sandbox acts on these; accepting them would be a lie.
 UNSUPPORTED = frozenset({"PersistentVolume", "ReplicationController", "Ingress", "StorageClass"})
 # Stored, so that manifests can be applied; the client is warned that they have no effect.
-_INERT = frozenset({"NetworkPolicy", "PersistentVolumeClaim"})
+_INERT = frozenset({"NetworkPolicy"})
 # Kinds whose rules look into `spec`: it is there, if empty, as a Go struct is.
 _WITH_SPEC = frozenset(
     {
@@ -94,6 +94,7 @@ _CREATE_ON_UPDATE = frozenset(
 _VERSION_ON_UPDATE = frozenset({"Lease", "PodDisruptionBudget", "CustomResourceDefinition"})
 # Metadata that counts as wanted state too.
 _GENERATION_COUNTS = {"Deployment": "annotations", "EndpointSlice": "labels"}
+_FINALIZERS = {"PersistentVolumeClaim": ("kubernetes.io/pvc-protection",)}  # until no pod uses it: see its controller
 _NOT_READY = "node.kubernetes.io/not-ready"
 
 
@@ -123,6 +124,7 @@ def before_create(core: Core, res: Resource, obj: Obj, user: Identity) -> None:
         obj["metadata"]["generation"] = 1
     if res.kind in _WITH_SPEC and not isinstance(obj.get("spec"), dict):
         obj["spec"] = {}
+    _finalizers(obj["metadata"], _FINALIZERS.get(res.kind, ()))
     if res.kind in _INITIAL_STATUS:
         obj["status"] = dict(_INITIAL_STATUS[res.kind])
     match res.kind:
@@ -145,6 +147,12 @@ def before_create(core: Core, res: Resource, obj: Obj, user: Identity) -> None:
             _sub(obj["metadata"], "annotations").setdefault("deprecated.daemonset.template.generation", "1")
         case "CustomResourceDefinition":
             core.custom.before_create_crd(obj)
+
+
+def _finalizers(meta: Obj, wanted: tuple[str, ...]) -> None:
+    held = meta.get("finalizers") or []
+    if added := [entry for entry in wanted if entry not in held]:
+        meta["finalizers"] = [*held, *added]
 
 
 def _taint_new_node(spec: Obj) -> None:

@@ -11,6 +11,7 @@ import asyncio
 from sandbox.client import Api
 from sandbox.controllers.autoscaler import Autoscalers
 from sandbox.controllers.catalog import Catalog
+from sandbox.controllers.claims import Claims
 from sandbox.controllers.collector import GarbageCollector
 from sandbox.controllers.cronjob import CronJobs
 from sandbox.controllers.daemonset import DaemonSets
@@ -41,6 +42,7 @@ _CONTROLLERS: tuple[type[Controller], ...] = (
     DaemonSets,
     JobPods,
     CronJobs,
+    Claims,
 )
 
 

@@ -499,6 +499,13 @@ def explain(pod: Obj, refused: Mapping[str, Refusal]) -> str:
     return f"{reasons} no new claims to deallocate, preemption: {preemption}"
 
 
+def explain_all(count: int, why: str) -> str:
+    """The message where something keeps a pod from every node alike."""
+    nodes = f"0/{count} nodes are available"
+    helpless = f"{count} Preemption is not helpful for scheduling"
+    return f"{nodes}: {why}. no new claims to deallocate, preemption: {nodes}: {helpless}."
+
+
 def _tally(count: int, reasons: Iterable[str]) -> str:
     found = sorted(f"{times} {reason}" for reason, times in Counter(reasons).items())
     return f"0/{count} nodes are available: {', '.join(found)}."

@@ -18,6 +18,8 @@ from sandbox.client import (
     Key,
     Obj,
 )
+from sandbox.controllers.catalog import CLAIMS
+from sandbox.controllers.claims import unbound
 from sandbox.controllers.objects import (
     condition,
     controller,
@@ -33,7 +35,17 @@ from sandbox.controllers.objects import (
     stamp,
     uid,
 )
-from sandbox.controllers.placement import NodeState, Refusal, best, explain, feasible, preempt, priority, state_of
+from sandbox.controllers.placement import (
+    NodeState,
+    Refusal,
+    best,
+    explain,
+    explain_all,
+    feasible,
+    preempt,
+    priority,
+    state_of,
+)
 from sandbox.controllers.work import MALFORMED, TRANSPORT, Controller
 
 log = logging.getLogger(__name__)
@@ -76,11 +88,13 @@ class Scheduler(Controller):
         self.statefuls, self.budgets = caches.of(STATEFULSETS), caches.of(PDBS)
         self._pending: dict[Key, Obj] = {}  # to be tried now, in the order they came
         self._refused: dict[Key, Obj] = {}  # waiting for the cluster to change
+        self.claims = caches.of(CLAIMS)
         self._assumed: dict[str, str] = {}  # uid of a pod being bound → its node
         self._failures: dict[str, int] = {}
         self._wake = asyncio.Event()
         self.pods.subscribe(self._pod_changed)
         self.nodes.subscribe(self._node_changed)
+        self.claims.subscribe(lambda type, claim, old: self._retry())
 
     def _pod_changed(self, type: EventType, pod: Obj, old: Obj | None) -> None:
         at = key(pod)
@@ -148,6 +162,10 @@ class Scheduler(Controller):
 
     async def _schedule(self, pod: Obj, group: asyncio.TaskGroup) -> None:
         states = self._states()
+        if states and (why := unbound(pod, self.claims.objects)):
+            self._refused[key(pod)] = pod
+            await self._refuse(pod, explain_all(len(states), why), "")
+            return
         self._reserve_nominated(pod, states)
         good, refused = feasible(pod, states)
         if good:

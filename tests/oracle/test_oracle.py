@@ -16,7 +16,6 @@ REFUSED = {
     "crd-cel-rules": "CEL rules are not supported",
     "crd-invalid": "CEL rules are not supported",
     "crud-networkpolicy": "nothing in it acts on them",
-    "crud-persistentvolumeclaim": "nothing in it acts on them",
 }
 
 
