@@ -97,14 +97,24 @@ def main(argv: list[str]) -> int:
         _say(f"oomScoreAdj {stress.oom_score_adj} needs CAP_SYS_RESOURCE, which this machine does not give")
         return 1
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for _ in range(stress.cpu_workers):
-        _worker(lambda: _burn(stress.cpu_load))
-    for _ in range(stress.memory_workers):
-        _worker(lambda: _hold(stress.memory_bytes))
+    workers = {_worker(lambda: _burn(stress.cpu_load)) for _ in range(stress.cpu_workers)}
+    workers |= {_worker(lambda: _hold(stress.memory_bytes)) for _ in range(stress.memory_workers)}
+
+    def end(*_: object) -> None:
+        """With the workers seen off: left to the container's first process, they would stay as zombies."""
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
     _say("ready")
     while True:
         with contextlib.suppress(ChildProcessError):
-            os.wait()  # a worker that the kernel kills for memory is not replaced
+            workers.discard(os.wait()[0])  # a worker that the kernel kills for memory is not replaced
             continue
         signal.pause()
 
@@ -113,13 +123,15 @@ def _say(line: str) -> None:
     os.write(1, line.encode() + b"\n")
 
 
-def _worker(work: Any) -> None:
-    if os.fork() == 0:
+def _worker(work: Any) -> int:
+    pid = os.fork()
+    if pid == 0:
         try:
             linux.die_with_parent()
             work()
         finally:
             os._exit(1)
+    return pid
 
 
 def _burn(load: float) -> None:

@@ -6,6 +6,8 @@ operation, and whoever stresses through it cannot be recovered until it does.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import os
 import signal
@@ -21,6 +23,8 @@ from sandbox.client import Obj
 from sandbox.controllers.objects import milli
 from sandbox.node.container import Container
 from sandbox.node.zygote import StartError, ZygoteClient
+
+_END_SECONDS = 2.0  # for a stressor to see its workers off
 
 
 class Stressors:
@@ -92,6 +96,11 @@ class Stressors:
 
     async def _end(self, name: str) -> None:
         if self._zygote.running(name):
+            self._zygote.kill(name, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_END_SECONDS):
+                    await self._zygote.exited(name)
+        if self._zygote.running(name):  # out of CPU, or of memory
             self._zygote.kill(name, signal.SIGKILL, group=True)
             await self._zygote.exited(name)
         self._zygote.forget(name)
