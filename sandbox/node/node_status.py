@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 VERSION = "v1.36.0+gameday"
 MEMORY_BYTES = 32 * 2**30
+ALLOCATABLE = {"cpu": "8", "memory": f"{MEMORY_BYTES >> 30}Gi", "ephemeral-storage": "100Gi", "pods": "50"}
 _CONDITIONS = (
     ("MemoryPressure", "False", "KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
     ("DiskPressure", "False", "KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
@@ -39,8 +40,7 @@ def conditions() -> list[Obj]:
 
 def node(machine: Machine, address: str) -> Obj:
     """The object to register."""
-    resources = {"cpu": "8", "memory": f"{MEMORY_BYTES >> 30}Gi", "ephemeral-storage": "100Gi", "pods": "50"}
-    resources["nvidia.com/gpu"] = str(machine.gpus)
+    resources = {**ALLOCATABLE, "nvidia.com/gpu": str(machine.gpus)}
     labels = {
         "kubernetes.io/hostname": machine.name,
         "kubernetes.io/os": "linux",

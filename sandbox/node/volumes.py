@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sandbox.client import CONFIGMAPS, SECRETS, SERVICEACCOUNTS, Api, ApiError, Kind, Obj
+from sandbox.controllers.objects import milli
 from sandbox.node.mounts import Mount
+from sandbox.node.node_status import ALLOCATABLE
 
 _MODE = 0o644  # of files, unless the volume says otherwise
 
@@ -163,9 +165,13 @@ class Volumes:
     def _downward(self, source: Obj) -> dict[str, bytes]:
         files: dict[str, bytes] = {}
         for item in source.get("items") or []:
-            if "fieldRef" not in item:
-                raise NotReady("the sandbox's downwardAPI volumes have fieldRef only")
-            files[item["path"]] = field_value(self._pod, item["fieldRef"]["fieldPath"], None).encode()
+            if ref := item.get("resourceFieldRef"):
+                named = [c for c in self._pod["spec"]["containers"] if c["name"] == ref.get("containerName")]
+                if not named:
+                    raise NotReady(f"container {ref.get('containerName')!r} of a resourceFieldRef does not exist")
+                files[item["path"]] = resource_value(named[0], ref).encode()
+            else:
+                files[item["path"]] = field_value(self._pod, item["fieldRef"]["fieldPath"], None).encode()
         return files
 
     def mounts(self, container: Obj) -> tuple[Mount, ...]:
@@ -239,6 +245,17 @@ def field_value(pod: Obj, path: str, ip: str | None, host_ip: str = "") -> str:
     return str(simple[path])
 
 
+def resource_value(container: Obj, ref: Obj) -> str:
+    """The downward API's resources: multiples of the divisor, rounded up; a limit that is not set is the node's."""
+    group, _, name = ref["resource"].partition(".")
+    resources = container.get("resources") or {}
+    quantity = (resources.get(group) or {}).get(name)
+    if quantity is None and group == "limits":
+        quantity = ALLOCATABLE.get(name)
+    divisor = ref.get("divisor") or "1"
+    return str(-(-milli(quantity or 0) // (milli(divisor) or 1000)))
+
+
 @dataclass(frozen=True, slots=True)
 class Base:
     """What every container of the pod finds in its environment."""
@@ -270,8 +287,7 @@ async def _value(volumes: Volumes, pod: Obj, container: Obj, source: Obj, base: 
     if ref := source.get("fieldRef"):
         return field_value(pod, ref["fieldPath"], base.pod_ip, base.host_ip)
     if ref := source.get("resourceFieldRef"):
-        group, _, name = ref["resource"].partition(".")
-        return str(((container.get("resources") or {}).get(group) or {}).get(name, "0"))
+        return resource_value(container, ref)
     for kind, word in ((CONFIGMAPS, "configMapKeyRef"), (SECRETS, "secretKeyRef")):
         if ref := source.get(word):
             data = await _data(volumes, kind, ref)

@@ -16,7 +16,7 @@ from sandbox.node.container import BackOff
 from sandbox.node.events import Recorder
 from sandbox.node.images import Image
 from sandbox.node.status import ContainerView, PodView, go_duration, phase, qos_class, report, same
-from sandbox.node.volumes import NotReady, Place, expand, field_value
+from sandbox.node.volumes import NotReady, Place, expand, field_value, resource_value
 from sandbox.options import COMPRESSED, REAL, Options
 from sandbox.relay import Address, Relay, ready_addresses
 from sandbox.up import dump, load
@@ -443,3 +443,17 @@ def test_events_are_counted_up_and_a_chatty_object_is_throttled() -> None:
         assert api.counted == 24, "25 in all, in one object"
 
     asyncio.run(scenario())
+
+
+def test_resources_of_the_downward_api_are_numbers() -> None:
+    """Regression: "4Gi" was handed down as it is written; programs read bytes."""
+    container = {"resources": {"limits": {"memory": "4Gi", "cpu": "250m"}, "requests": {"memory": "1500k"}}}
+
+    def value(resource: str, divisor: str = "0") -> str:
+        return resource_value(container, {"resource": resource, "divisor": divisor})
+
+    assert value("limits.memory") == str(4 * 2**30) and value("limits.memory", "1Mi") == "4096"
+    assert value("limits.cpu") == "1" and value("limits.cpu", "1m") == "250"
+    assert value("requests.memory", "1Mi") == "2", "rounded up"
+    assert value("limits.ephemeral-storage", "1Gi") == "100", "the machine's, where there is no limit"
+    assert value("requests.cpu") == "0"

@@ -220,6 +220,19 @@ def test_files_of_volumes_have_their_modes(running: Running) -> None:
     asyncio.run(scenario())
 
 
+def test_resources_reach_a_downward_api_volume(running: Running) -> None:
+    async def scenario() -> None:
+        web = container("print(open('/data/mem').read())") | {"resources": {"limits": {"memory": "64Mi"}}}
+        web["volumeMounts"] = [{"name": "d", "mountPath": "/data"}]
+        ref = {"containerName": "web", "resource": "limits.memory", "divisor": "1Mi"}
+        volume = {"name": "d", "downwardAPI": {"items": [{"path": "mem", "resourceFieldRef": ref}]}}
+        async with living(running, pod("down", web, restartPolicy="Never", volumes=[volume])) as life:
+            await ended(life)
+            assert await printed(running, "down") == "64\n"
+
+    asyncio.run(scenario())
+
+
 # — pure —
 
 
