@@ -214,6 +214,13 @@ class _Censored(logging.Formatter):
         return censored(super().format(record))
 
 
+class _Quiet(logging.FileHandler):
+    """A log that a full disk does not turn into tracebacks on the console."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        pass
+
+
 @contextmanager
 def _log_to(directory: Path) -> Iterator[None]:
     """chaoslib's log belongs to the record, not to the console."""
@@ -224,7 +231,7 @@ def _log_to(directory: Path) -> Iterator[None]:
         raise ExperimentError(f"{directory} exists: two experiments of one run need different names.") from twice
     except OSError as wrong:
         raise ExperimentError(f"{directory} cannot be made: {wrong.strerror}; choose another --runs-dir.") from wrong
-    handler = logging.FileHandler(directory / "chaostoolkit.log")
+    handler = _Quiet(directory / "chaostoolkit.log")
     handler.setFormatter(_Censored("%(asctime)s %(levelname)s %(message)s"))
     was = log.propagate, log.level
     log.addHandler(handler)
@@ -305,8 +312,11 @@ def execute(session: Session, title: str, seed: int) -> None:
     finally:
         _session, _crash = None, None
     if session.dir.is_dir():
-        _write(session.dir / "experiment.json", experiment)
-        _write(session.dir / "journal.json", journal)
+        try:
+            _write(session.dir / "experiment.json", experiment)
+            _write(session.dir / "journal.json", journal)
+        except OSError as wrong:  # a full disk: nothing is judged, and that is said in one sentence
+            session.tape.broken = session.tape.broken or str(wrong)
     _reraise(crash, session)
 
 

@@ -34,7 +34,7 @@ class Drill:
         self.ran: list[str] = []
         self.told: list[str] = []
         self.stopping = threading.Event()
-        self.tape = SimpleNamespace(stopping=self.stopping)
+        self.tape = SimpleNamespace(stopping=self.stopping, broken="")
         self._at, self._happens = at, happens
 
     def __getattr__(self, name: str) -> Any:
@@ -110,3 +110,13 @@ def test_a_signal_in_any_step_heals(at: str, number: signal.Signals, tmp_path: P
     healed(drill, at)
     assert drill.interrupted == number
     assert signal.getsignal(number) is before, "the handler is given back"
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    drill = Drill(tmp_path, "during", lambda: None)
+    monkeypatch.setattr(toolkit, "_write", full)
+    execute(drill, "drill", 7)  # type: ignore[arg-type]
+    assert "No space left" in drill.tape.broken, "which makes the verdict ERROR"
