@@ -21,6 +21,7 @@ from gameday.model import EvictionMark
 
 Emit = Callable[[EvictionMark], None]
 SELECTS_WITHIN = 2.0  # seconds for a controller to choose its targets; "nothing selected" is final after that
+TRIES = 10  # patches of an object that others write as well
 POLL = 0.05  # seconds between looks at a chaos resource's records
 
 
@@ -112,13 +113,31 @@ def _look(cluster: Cluster, kind: Kind, name: str, namespace: str) -> Obj | None
 
 
 def _cordon(cluster: Cluster, act: Cordon) -> str:
-    """Only what nobody else has cordoned meanwhile; our mark is what the undo goes by."""
-    for name in act.nodes:
-        if cluster.get(NODES, name).get("spec", {}).get("unschedulable"):
-            raise NotInjected(f"{name} was cordoned by somebody else after the plan was made")
-        mark = {"metadata": {"annotations": {CORDONED: act.token}}, "spec": {"unschedulable": True}}
-        cluster.patch(NODES, name, mark)
+    """Only what nobody else has cordoned or replaced meanwhile; our mark is what the undo goes by."""
+    for name, uid in act.nodes:
+        _cordon_one(cluster, name, uid, act.token)
     return f"{len(act.nodes)} node(s) cordoned"
+
+
+def _cordon_one(cluster: Cluster, name: str, uid: str, token: str) -> None:
+    """The version makes it ours alone: whoever cordons the node between our look and our patch is not overruled."""
+    for _ in range(TRIES):
+        node = cluster.get(NODES, name)
+        meta = node["metadata"]
+        if meta["uid"] != uid:
+            raise NotInjected(f"node {name} was replaced after the plan was made")
+        if node.get("spec", {}).get("unschedulable"):
+            if (meta.get("annotations") or {}).get(CORDONED) == token:
+                return  # by ourselves, in a patch whose answer was lost
+            raise NotInjected(f"{name} was cordoned by somebody else after the plan was made")
+        change = {"annotations": {CORDONED: token}, "resourceVersion": meta.get("resourceVersion")}
+        try:
+            cluster.patch(NODES, name, {"metadata": change, "spec": {"unschedulable": True}})
+            return
+        except Refused as refused:
+            if refused.code != 409:
+                raise  # a conflict may only be the kubelet's status: look again
+    raise NotInjected(f"{name} changes too fast to be cordoned: {TRIES} patches met another version")
 
 
 def _apply(cluster: Cluster, act: Apply, stop: threading.Event) -> str:
@@ -298,7 +317,7 @@ def manifests(acts: tuple[Act, ...]) -> Iterator[tuple[str, Obj]]:
 def by_hand(act: Act) -> str:
     """The command that would do what an act changes; "" for acts that create an object."""
     if isinstance(act, Cordon):
-        nodes = " ".join(act.nodes)
+        nodes = " ".join(name for name, _ in act.nodes)
         return f"kubectl cordon {nodes} && kubectl annotate node {nodes} {CORDONED}={act.token}"
     if isinstance(act, Allocatable):
         value = f'{{"status":{{"allocatable":{{"{act.resource}":"{act.value}"}}}}}}'

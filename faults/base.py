@@ -212,7 +212,7 @@ class Apply:
 class Cordon:
     """Mark nodes unschedulable. Harmless to whoever runs already."""
 
-    nodes: tuple[str, ...]
+    nodes: tuple[tuple[str, str], ...]  # (name, uid)
     token: str  # of this run: written on the node, so that nobody else's cordon is ever lifted
     what: str = "cordon"
 

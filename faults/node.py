@@ -127,7 +127,7 @@ class NodeDrain:
                     "Left out: DaemonSet pods, pods of other namespaces.",
                 ),
             ),
-            acts=(Cordon(names, view.token), evict),
+            acts=(Cordon(tuple((node.name, node.uid) for node in nodes), view.token), evict),
             undos=tuple(
                 Undo(verb="uncordon", what="cordon", name=node.name, uid=node.uid, value=view.token) for node in nodes
             ),

@@ -88,7 +88,7 @@ class ZoneOutage:
         nodes = tuple(node for node in view.nodes if node.zone == self.zone.name)
         fresh = tuple(node for node in nodes if not node.unschedulable)  # never uncordon what others cordoned
         names = tuple(sorted(pod.key for pod in inside))
-        acts: list[Act] = [Cordon(tuple(node.name for node in fresh), view.token)] if fresh else []
+        acts: list[Act] = [Cordon(tuple((node.name, node.uid) for node in fresh), view.token)] if fresh else []
         undos: list[Undo] = []
         if outside:
             cut, uncut = _partition(view, self.zone, inside, outside, self.lasting)

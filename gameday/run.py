@@ -328,15 +328,19 @@ class Session:
         self._enter(Phase.DURING, plan.facts.lasting)
 
     def _still_valid(self, plan: Plan) -> bool:
-        """The cluster is still as it was planned for: the same targets, the same other side."""
+        """The cluster is still as it was planned for: the same targets, the same other side, the same way back."""
         try:
             now = self.spec.fault.plan(self.view())
         except GamedayError as wrong:
             self.stop("inconclusive", f"the cluster changed between the plan and the injection: {wrong}")
             return False
-        if now.acts != plan.acts:
-            changed = sorted(set(now.facts.pods) ^ set(plan.facts.pods)) or ["the pods or nodes beside the targets"]
-            what = ", ".join(changed[:4])
+        aimed = set(now.facts.pods) ^ set(plan.facts.pods)
+        if now.acts != plan.acts or now.undos != plan.undos or aimed:
+            beside = "the pods or nodes beside the targets"
+            if now.acts == plan.acts:  # the ledger's undos would restore what is not there any more
+                stale = sorted({entry.name for entry in set(now.undos) ^ set(plan.undos)})
+                beside = f"what the undo would restore ({', '.join(stale[:4])})"
+            what = ", ".join(sorted(aimed)[:4]) or beside
             self.stop("inconclusive", f"the cluster changed between the plan and the injection: {what}")
             return False
         return True

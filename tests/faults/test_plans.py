@@ -117,7 +117,7 @@ def test_every_act_has_an_undo_and_every_object_an_end(fault: Fault) -> None:
             assert ("Job", act.manifest["metadata"]["name"]) in undone
             assert act.manifest["spec"]["activeDeadlineSeconds"] > 0
         elif isinstance(act, Cordon):
-            assert set(act.nodes) == {e.name for e in plan.undos if e.verb == "uncordon"}
+            assert set(act.nodes) == {(e.name, e.uid) for e in plan.undos if e.verb == "uncordon"}
         elif isinstance(act, Evict):
             assert act.proof is not None and act.within == fault.lasting
         elif isinstance(act, Roll):

@@ -11,7 +11,8 @@ import pytest
 from severed import line
 
 from faults import undo as undoing
-from faults.base import CORDONED, MANAGED, RUN, Undo
+from faults.act import NotInjected, perform
+from faults.base import CORDONED, MANAGED, RUN, Cordon, Undo
 from gameday import clock, heal as heal_
 from gameday.cluster import Cluster
 from gameday.heal import Healer
@@ -148,3 +149,58 @@ def test_whoever_cordons_at_the_same_instant_is_not_overruled(
     monkeypatch.setattr(Cluster, "find", find)
     assert "not cordoned by us" in undoing.undo(cluster, entry, within=5)
     assert cordoned(cluster) == ["n1"]
+
+
+# ── cordoning, while others work on the same nodes ──
+
+
+def ready_node(cluster: Cluster, name: str) -> str:
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "spec": {}}
+    return str(cluster.create(NODES, node)["metadata"]["uid"])
+
+
+def perform_cordon(cluster: Cluster, uid: str) -> str:
+    return perform(cluster, Cordon((("n1", uid),), "t1"), threading.Event())
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, patch: dict[str, Any]) -> None:
+    """Somebody changes n1 between our look and our patch."""
+    real = Cluster.get
+
+    def get(self: Cluster, *given: Any, **more: Any) -> Any:
+        found = real(self, *given, **more)
+        monkeypatch.setattr(Cluster, "get", real)
+        self.patch(NODES, "n1", patch)
+        return found
+
+    monkeypatch.setattr(Cluster, "get", get)
+
+
+def test_a_node_that_was_replaced_after_the_plan_is_not_cordoned(cluster: Cluster) -> None:
+    """Its undo speaks of the one before, and would leave the cordon on the new one."""
+    ready_node(cluster, "n1")
+    with pytest.raises(NotInjected, match="n1 was replaced after the plan"):
+        perform_cordon(cluster, "of-the-one-before")
+    assert cordoned(cluster) == []
+
+
+def test_an_operator_who_cordons_between_our_look_and_our_patch_keeps_the_cordon(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uid = ready_node(cluster, "n1")
+    meanwhile(monkeypatch, {"spec": {"unschedulable": True}})
+    with pytest.raises(NotInjected, match="cordoned by somebody else"):
+        perform_cordon(cluster, uid)
+    entry = Undo("uncordon", "cordon", "n1", uid=uid, value="t1")
+    assert "not cordoned by us" in undoing.undo(cluster, entry, within=5)
+    assert cordoned(cluster) == ["n1"]
+
+
+def test_a_kubelet_that_writes_between_our_look_and_our_patch_is_no_conflict(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uid = ready_node(cluster, "n1")
+    meanwhile(monkeypatch, {"metadata": {"annotations": {"kubelet": "was here"}}})
+    assert perform_cordon(cluster, uid) == "1 node(s) cordoned"
+    assert perform_cordon(cluster, uid), "our own cordon, whose answer was lost, is none of somebody else"
+    assert [node.cordoned_by for node in cluster.nodes()] == ["t1"]

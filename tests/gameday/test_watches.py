@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from faults import PodKill
-from faults.base import Plan
+from faults.base import Plan, Undo
 from gameday import clock
 from gameday.cluster import Cluster, Watched
 from gameday.errors import TargetError
@@ -155,6 +155,21 @@ def test_another_target_is_not_what_was_planned(tmp_path: Path) -> None:
     made, plan = session(tmp_path, moved)
     assert not made._still_valid(plan) and made.stopped
     assert told(made) == [("inconclusive", "the cluster changed between the plan and the injection: llm/p1, llm/p2")]
+
+
+def test_an_undo_that_would_restore_an_older_state_is_not_what_was_planned(tmp_path: Path) -> None:
+    """In the steady window somebody releases eng:2: the same act, but its undo in the ledger would bring eng:1 back."""
+    was, now = (Undo("template", "rollout", "eng", uid="u1", value=image) for image in ("eng:1", "eng:2"))
+    made, plan = session(tmp_path, lambda plan: replace(plan, undos=(now,)))
+    assert not made._still_valid(replace(plan, undos=(was,)))
+    ((level, text),) = told(made)
+    assert level == "inconclusive" and text.endswith("what the undo would restore (eng)")
+
+
+def test_the_same_act_on_other_pods_is_not_what_was_planned(tmp_path: Path) -> None:
+    made, plan = session(tmp_path, lambda plan: replace(plan, facts=replace(plan.facts, pods=("llm/p1", "llm/p2"))))
+    assert not made._still_valid(plan)
+    assert told(made)[0][1].endswith("the injection: llm/p2")
 
 
 def test_a_target_that_is_gone_before_the_injection_is_inconclusive(tmp_path: Path) -> None:
