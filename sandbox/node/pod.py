@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 GPU = "nvidia.com/gpu"
 KILL_ANNOTATION = "sandbox.gameday.dev/kill-containers"  # "<token>:<container,…>", once per token
 _POST_PATIENCE = 1.0  # seconds that a restart waits for an API that does not answer
+_SYNC_IN_STATUS_PERIODS = 6  # kubelet's syncFrequency (1 min) in periods of its node status (10 s)
 _RETRY = 0.5  # seconds between tries to reach the API
 _OWN_FIELDS = ("podIP", "podIPs", "initContainerStatuses", "reason", "message")
 
@@ -228,7 +229,7 @@ class Pod:
         return cgroups.oom_score(status.qos_class(self.spec), milli(asked) // 1000, node_status.MEMORY_BYTES)
 
     async def _run_containers(self) -> None:
-        tokens = asyncio.create_task(self._renew_tokens())
+        renewals = [asyncio.create_task(work) for work in (self._renew_tokens(), self._refresh_volumes())]
         try:
             self.view.pod_ip = self.ip
             for container in self._init:
@@ -243,13 +244,21 @@ class Pod:
                     container.view.state = {"waiting": {"reason": "ContainerCreating"}}
             await asyncio.gather(*(container.run() for container in self._main))
         finally:
-            tokens.cancel()
+            for renewal in renewals:
+                renewal.cancel()
 
     async def _renew_tokens(self) -> None:
         while self.volumes.token_until is not None:
             await asyncio.sleep(max(1.0, self.volumes.token_until - time.time()))
             with contextlib.suppress(NotReady, aiohttp.ClientError, OSError, TimeoutError):
                 await self.volumes.prepare()
+
+    async def _refresh_volumes(self) -> None:
+        """What a ConfigMap or Secret says now reaches its volumes with the pod's next synchronisation."""
+        while self.volumes.changeable:
+            await asyncio.sleep(self.agent.clocks.node_status * _SYNC_IN_STATUS_PERIODS)
+            with contextlib.suppress(NotReady, ApiError, aiohttp.ClientError, OSError, TimeoutError):
+                await self.volumes.refresh()
 
     def _finish(self) -> None:
         self.stopping = True

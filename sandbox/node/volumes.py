@@ -76,6 +76,16 @@ class Volumes:
             if group is not None and "hostPath" not in volume:
                 _give(source, int(group))
 
+    @property
+    def changeable(self) -> list[Obj]:
+        """The volumes whose files follow a ConfigMap or Secret."""
+        return [v for v in self._pod["spec"].get("volumes") or [] if "configMap" in v or "secret" in v]
+
+    async def refresh(self) -> None:
+        """Bring those up to date. Raises `NotReady`, or ApiError: then they stay as they are."""
+        for volume in self.changeable:
+            await self._one(volume)
+
     async def _one(self, volume: Obj) -> Path:
         name = volume["name"]
         here: Path = self._place.pod(self._pod["metadata"]["uid"]) / "volumes" / name
@@ -85,9 +95,9 @@ class Volumes:
         if "emptyDir" in volume:
             return here
         if source := volume.get("configMap"):
-            _write(here, await self._items(CONFIGMAPS, source, source["name"]), source)
+            _follow(here, await self._items(CONFIGMAPS, source, source["name"]), source)
         elif source := volume.get("secret"):
-            _write(here, await self._items(SECRETS, source, source["secretName"]), source)
+            _follow(here, await self._items(SECRETS, source, source["secretName"]), source)
         elif source := volume.get("downwardAPI"):
             _write(here, self._downward(source), source)
         elif source := volume.get("projected"):
@@ -205,6 +215,14 @@ def _give(directory: Path, group: int) -> None:
                 path.chmod(path.stat().st_mode | 0o2770)
 
 
+def _follow(directory: Path, files: Mapping[str, bytes], source: Obj) -> None:
+    """Exactly these files: what the source has lost goes."""
+    _write(directory, files, source)
+    for path in directory.rglob("*"):
+        if path.is_file() and str(path.relative_to(directory)) not in files:
+            path.unlink()
+
+
 def _write(directory: Path, files: Mapping[str, bytes], source: Obj) -> None:
     """Each with its mode: its item's, else the source's `defaultMode`."""
     usual = int(source.get("defaultMode", _MODE))
@@ -212,6 +230,8 @@ def _write(directory: Path, files: Mapping[str, bytes], source: Obj) -> None:
     for name, content in files.items():
         target = directory / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and target.read_bytes() == content:
+            continue
         fresh = target.with_name(f".{target.name}.new")
         fresh.write_bytes(content)
         fresh.chmod(modes.get(name, usual))

@@ -220,6 +220,35 @@ def test_files_of_volumes_have_their_modes(running: Running) -> None:
     asyncio.run(scenario())
 
 
+def test_a_changed_config_map_reaches_its_volume(running: Running) -> None:
+    async def scenario() -> None:
+        code = """
+import os, time
+last = None
+while True:
+    now = sorted((name, open('/data/' + name).read()) for name in os.listdir('/data') if not name.startswith('.'))
+    if now != last: print(now)
+    last = now
+    time.sleep(0.05)
+"""
+        web = container(code) | {"volumeMounts": [{"name": "d", "mountPath": "/data"}]}
+        async with api_of(running) as api:
+            data = {"metadata": {"name": "lively", "namespace": "default"}, "data": {"a": "1", "b": "2"}}
+            await api.create(CONFIGMAPS, data, "default")
+            volume = {"name": "d", "configMap": {"name": "lively"}}
+            async with living(running, pod("lively", web, volumes=[volume])) as life:
+                await life.until(lambda s: s.running)
+                await api.patch(CONFIGMAPS, "lively", {"data": {"a": "3", "b": None}}, "default")
+
+                async def seen() -> bool:
+                    return "[('a', '3')]" in await printed(running, "lively")
+
+                assert await eventually(seen, within=15)
+                assert "[('a', '1'), ('b', '2')]" in await printed(running, "lively")
+
+    asyncio.run(scenario())
+
+
 def test_resources_reach_a_downward_api_volume(running: Running) -> None:
     async def scenario() -> None:
         web = container("print(open('/data/mem').read())") | {"resources": {"limits": {"memory": "64Mi"}}}
