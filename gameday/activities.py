@@ -14,8 +14,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -33,12 +32,16 @@ from chaoslib.secret import load_secrets
 from gameday import clock
 from gameday.censor import censored, remember
 from gameday.errors import ExperimentError, GamedayError
-from gameday.login import default_kubeconfig
+from gameday.login import set_default_kubeconfig
 
 EXTENSION = "gameday"  # the block under `extensions` that is ours
 GRACE = 3.0  # seconds that an activity under way gets to end when we are stopped
 LONGEST = 600.0  # seconds until an activity counts as hung
 _FROM_ELSEWHERE = ("env", "vault")
+
+_entering = threading.Lock()
+_entered: dict[str, str] = {}  # the environment of this process's activities
+_begun: set[Running] = set()  # those that have not ended
 
 
 class Unreadable(GamedayError):
@@ -248,6 +251,13 @@ class Running:
         self._wrong = ""
         self._output: Any = None
         try:
+            enter(self._environment)
+        except Unreadable as wrong:
+            self._wrong = str(wrong)
+            self._over.set()
+            return
+        _begun.add(self)
+        try:
             threading.Thread(target=self._work, name=f"activity-{one.name}", daemon=True).start()
         except RuntimeError:  # the interpreter is on its way out: rollbacks still run, in the thread that is left
             self._work()
@@ -274,24 +284,24 @@ class Running:
 
     def _work(self) -> None:
         try:
-            with _environment(self._environment):
-                plain = self._own.plain
-                configuration = load_configuration(plain.get("configuration") or {})
-                secrets = load_secrets(plain.get("secrets") or {}, configuration)
-                _remember_all(secrets)
-                context = self._environment.get("KUBERNETES_CONTEXT")
-                for group in [secrets, *(one for one in secrets.values() if isinstance(one, dict))]:
-                    if context and group.get("KUBERNETES_CONTEXT", context) != context:
-                        raise ExperimentError(f"its secrets name context {group['KUBERNETES_CONTEXT']}, not {context}")
-                activity = copy.deepcopy(dict(self._one.plain))
-                run = execute_activity(plain, activity, configuration, secrets, None)
-                self._output = run.get("output")
-                if run.get("status") != "succeeded":
-                    self._wrong = words(*(run.get("exception") or [run.get("status")]))
+            plain = self._own.plain
+            configuration = load_configuration(plain.get("configuration") or {})
+            secrets = load_secrets(plain.get("secrets") or {}, configuration)
+            _remember_all(secrets)
+            context = self._environment.get("KUBERNETES_CONTEXT")
+            for group in [secrets, *(one for one in secrets.values() if isinstance(one, dict))]:
+                if context and group.get("KUBERNETES_CONTEXT", context) != context:
+                    raise ExperimentError(f"its secrets name context {group['KUBERNETES_CONTEXT']}, not {context}")
+            activity = copy.deepcopy(dict(self._one.plain))
+            run = execute_activity(plain, activity, configuration, secrets, None)
+            self._output = run.get("output")
+            if run.get("status") != "succeeded":
+                self._wrong = words(*(run.get("exception") or [run.get("status")]))
         except BaseException as wrong:  # noqa: BLE001 - their code; SystemExit and all: it must be told, never swallowed
             self._wrong = words(*[f"{type(wrong).__name__}: {wrong}"])
         finally:
             self._over.set()
+            _begun.discard(self)
 
 
 def run(own: Own, one: Activity, environment: Mapping[str, str], stop: threading.Event | None = None) -> Any:
@@ -391,17 +401,20 @@ def _remember_all(secrets: Any) -> None:
             _remember_all(value)
 
 
-@contextmanager
-def _environment(more: Mapping[str, str]) -> Iterator[None]:
-    """Whose cluster it is: chaosk8s and kubectl take it from here, and from nowhere else."""
-    was = {key: os.environ.get(key) for key in more}
-    os.environ.update(more)
-    try:
-        with default_kubeconfig(more["KUBECONFIG"]) if "KUBECONFIG" in more else nullcontext():
-            yield
-    finally:
-        for key, value in was.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+def enter(environment: Mapping[str, str]) -> None:
+    """Whose cluster it is, for the whole process: chaosk8s and kubectl take it from here, and from nowhere else.
+
+    Set for good, and by nobody's thread: an activity that was left behind, and ended in the middle of a rollback,
+    would otherwise take the cluster from under it. Raises `Unreadable` where such a one still speaks to another.
+    """
+    with _entering:
+        if _entered and _entered != environment and _begun:
+            names = ", ".join(sorted(repr(one.name) for one in tuple(_begun)))
+            raise Unreadable(f"{names} still runs, on another cluster: begin a new process")
+        for key in _entered.keys() - environment.keys():
+            os.environ.pop(key, None)
+        os.environ.update(environment)
+        if "KUBECONFIG" in environment:
+            set_default_kubeconfig(environment["KUBECONFIG"])
+        _entered.clear()
+        _entered.update(environment)

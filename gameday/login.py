@@ -99,15 +99,9 @@ class Login:
         return k8s.ApiClient(conf)
 
 
-@contextmanager
-def default_kubeconfig(path: str) -> Iterator[None]:
+def set_default_kubeconfig(path: str) -> None:
     """The client by itself goes by $KUBECONFIG as it was when it was imported: another cluster's, maybe."""
-    was = kube_config.KUBE_CONFIG_DEFAULT_LOCATION
     kube_config.KUBE_CONFIG_DEFAULT_LOCATION = path
-    try:
-        yield
-    finally:
-        kube_config.KUBE_CONFIG_DEFAULT_LOCATION = was
 
 
 @contextmanager

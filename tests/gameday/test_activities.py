@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from kubernetes.config import kube_config
 
 import faults
 from faults import ChaosToolkit
@@ -46,6 +49,12 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f"{HERE}.py").write_text(THEIRS)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, HERE, raising=False)
+    # Set for good by the first activity: the tests are one process.
+    monkeypatch.setattr(activities, "_entered", {})
+    monkeypatch.setattr(activities, "_begun", set())
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", kube_config.KUBE_CONFIG_DEFAULT_LOCATION)
+    for name in ("KUBECONFIG", "KUBERNETES_CONTEXT"):
+        monkeypatch.setenv(name, "/none")
 
 
 def act(func: str, kind: str = "action", *, arguments: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -238,6 +247,41 @@ def test_their_code_meets_the_named_cluster_and_no_other() -> None:
         patch.setenv("THEIR_CONTEXT", "production")
         with pytest.raises(Unreadable, match="its secrets name context production, not staging"):
             run(found, found.method[0], ENVIRONMENT)
+
+
+def test_an_abandoned_action_does_not_take_the_cluster_from_under_the_rollback(tmp_path: Path) -> None:
+    """It restored the environment when it ended: the rest of a rollback went to no context at all."""
+    (tmp_path / f"{HERE}.py").write_text(
+        "import os, threading\n"
+        "begun, go = threading.Event(), threading.Event()\n"
+        "def hangs(): begun.set(); go.wait(30)\n"
+        "def rolls_back():\n"
+        "    go.set()\n"
+        "    [one.join(10) for one in threading.enumerate() if one.name == 'activity-hangs']\n"
+        "    return os.environ.get('KUBERNETES_CONTEXT')\n"
+    )
+    found = own(act("hangs"), rollbacks=[act("rolls_back")])
+    abandoned = activities.Running(found, found.method[0], ENVIRONMENT)
+    import_module(HERE).begun.wait(10)
+    assert not abandoned.over
+    assert run(found, found.rollbacks[0], ENVIRONMENT) == "staging" and abandoned.over
+    assert (os.environ["KUBERNETES_CONTEXT"], kube_config.KUBE_CONFIG_DEFAULT_LOCATION) == ("staging", "/nonexistent")
+
+
+def test_while_an_activity_runs_no_other_cluster_is_spoken_to(tmp_path: Path) -> None:
+    (tmp_path / f"{HERE}.py").write_text(
+        "import os, threading\n"
+        "go = threading.Event()\n"
+        "def hangs(): go.wait(30)\n"
+        "def context(): return os.environ['KUBERNETES_CONTEXT']\n"
+    )
+    found = own(act("hangs"), act("context"))
+    other = {"KUBECONFIG": "/other", "KUBERNETES_CONTEXT": "production"}
+    hanging = activities.Running(found, found.method[0], ENVIRONMENT)
+    with pytest.raises(Unreadable, match="'hangs' still runs, on another cluster"):
+        run(found, found.method[1], other)
+    import_module(HERE).go.set()
+    assert hanging.wait(10) and run(found, found.method[1], other) == "production"
 
 
 def test_chaosk8s_meets_the_named_cluster_though_it_was_imported_before(tmp_path: Path) -> None:
