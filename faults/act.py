@@ -328,4 +328,6 @@ def by_hand(act: Act) -> str:
     if isinstance(act, Evict):
         pods = " ".join(sorted(key.partition("/")[2] for key, _ in act.pods))
         return f"kubectl drain … (here: the eviction of {pods}, again while a disruption budget refuses)"
+    if isinstance(act, Call):
+        return f"its {'action' if act.action else 'probe'} {act.what}"
     return ""
