@@ -309,10 +309,9 @@ class Session:
                 self.tape.mark(Step.INJECTED, False, act.what, str(wrong))
                 self.stop("inconclusive", f"{act.what} was not injected: {wrong}")
                 return
-            except OutOfTolerance as wrong:
-                self.tape.mark(Step.INJECTED, True, act.what, str(wrong))
-                self.stop("fail", str(wrong))
-                return
+            except OutOfTolerance as wrong:  # a probe among a team's actions: it fails, and the fault goes its way
+                told = str(wrong)
+                self.tape.note("fail", told)
             self.tape.mark(Step.INJECTED, True, act.what, told)
             if harmful(act) and getattr(act, "proof", None) and not self._effects.prove(act, self._harm or 0.0):
                 return
