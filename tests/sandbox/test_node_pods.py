@@ -252,8 +252,8 @@ def test_readiness_fails_and_returns_and_the_container_stays(running: Running) -
     async def scenario() -> None:
         async with living(running, pod("flap", {"readinessProbe": READINESS})) as life:
             await life.until(lambda s: s.ready)
+            mark = len(life.seen)  # before: on a busy machine the change is there when the request returns
             await from_pod(running, life, "/break")
-            mark = len(life.seen)
             out = await life.until(lambda s: not s.ready, since=mark)
             assert out.running and out.web["started"] and out.restarts == 0
             assert out.condition("ContainersReady")["reason"] == "ContainersNotReady"
@@ -269,8 +269,8 @@ def test_liveness_failure_restarts_in_one_step(running: Running) -> None:
     async def scenario() -> None:
         async with living(running, pod("sick", {"livenessProbe": LIVENESS})) as life:
             await life.until(lambda s: s.ready)
+            mark = len(life.seen)  # before: on a busy machine the change is there when the request returns
             await from_pod(running, life, "/break")
-            mark = len(life.seen)
             again = await life.until(lambda s: s.restarts == 1, since=mark)
             assert again.running and again.last and again.last["reason"] == "Completed"
             assert all(s.running for s in life.seen[mark : life.seen.index(again)]), "no waiting state in between"
