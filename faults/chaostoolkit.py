@@ -43,8 +43,8 @@ class ChaosToolkit:
                 pods=(),  # nobody knows before it acts
                 fidelity=(
                     "Whatever its actions do; they choose their targets themselves.",
-                    "Its effect is proven by what is seen to change: pods, endpoints, nodes, connections between pods, "
-                    "or the probes that it names as proof.",
+                    "Its effect is proven by what is seen to change of the engines: pods, endpoints, nodes, "
+                    "connections to them; or by the probes that it names as proof.",
                 ),
             ),
             acts=acts,

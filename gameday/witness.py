@@ -1,8 +1,9 @@
 """Whether a team's own experiment bites, when nobody but the team knows how.
 
-Its effect is what is seen to change since its first action: a pod that goes, fails or restarts, an endpoint out of
-rotation, a node that leaves, a connection between pods that worked and does not. Where nothing of that kind is to be
-expected (latency, a DNS answer), the experiment names probes as its proof. And what was there before the first action
+Its effect is what is seen to change of the engines since its first action: one that goes, fails, restarts or leaves
+the rotation, a node of theirs that leaves, a connection to one that worked and does not. Other pods and nodes change
+by themselves all the time, which proves nothing. Where nothing of that kind is to be expected (latency, a DNS answer,
+another service's pod), the experiment names probes as its proof. And what was there before the first action
 must be there again at the end: new chaos resources, cordons, taints, other replicas are a mess left behind.
 """
 
@@ -36,6 +37,8 @@ class Witness(Effects):
         self._own = activities.of_text(text)
         self._before: dict[str, str] = {}
         self._proven = False
+        self._engines: set[str] = set()  # "ns/pod" of each that was seen to be one
+        self._nodes: set[str] = set()  # … and the nodes that they were seen on
 
     # ── before the harm ─────────────────────────────────────────────────────────────────────
 
@@ -50,7 +53,13 @@ class Witness(Effects):
                 return False
             self._tape.note("info", f"steady state before: {told}")
         self._before = self._snapshot()
+        self._know_engines()
         return True
+
+    def _know_engines(self) -> None:
+        for pod in self._watcher.engines():
+            self._engines.add(pod.key)
+            self._nodes |= {pod.node} - {""}
 
     def _snapshot(self) -> dict[str, str]:
         """What an experiment could leave behind, in words: thing → how it is."""
@@ -76,7 +85,8 @@ class Witness(Effects):
         while not (told := self._changed(since)) and clock.now() < until and not self._tape.stopped:
             clock.pause(EVERY, self._tape.stopping)
         if not told:
-            told = "nothing was seen to change: name probes that show the effect (extensions, gameday, proof)"
+            told = "nothing was seen to change of the engines, their endpoints and nodes: "
+            told += "name probes that show the effect (extensions, gameday, proof)"
             self._tape.mark(Step.EFFECT, False, EFFECT, told)
             self._tape.stop("inconclusive", f"the method ran, but {told}")
             return False
@@ -97,10 +107,20 @@ class Witness(Effects):
         return True
 
     def _changed(self, since: clock.Instant) -> str:
-        found = [told for event in tuple(self._tape.events) if event.t >= since and (told := _change(event))]
-        found += [f"{pair} fails" for pair in self._reach.broken()]
+        self._know_engines()
+        found = [told for event in tuple(self._tape.events) if event.t >= since and (told := self._change(event))]
+        found += [f"{pair} fails" for pair in self._reach.broken() if pair.partition("→")[2] in self._engines]
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
         return ", ".join(found[:4]) + more
+
+    def _change(self, event: Event) -> str:
+        if isinstance(event, PodMark) and event.pod in self._engines and event.stage in _PODS:
+            return f"{event.pod} {event.stage}"
+        if isinstance(event, EndpointMark) and event.pod in self._engines and not event.ready:
+            return f"{event.pod} out of {event.service}"
+        if isinstance(event, NodeMark) and event.node in self._nodes and event.what in _NODES:
+            return f"{event.node} {event.what}"
+        return ""
 
     def demand_detection(self) -> None:
         """Right before the heal: what the experiment names as proof must still hold."""
@@ -153,13 +173,3 @@ def _differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
     return new + [
         f"{thing} is gone" for thing in sorted(before) if thing.startswith("deployment ") and thing not in now
     ]
-
-
-def _change(event: Event) -> str:
-    if isinstance(event, PodMark) and event.stage in _PODS:
-        return f"{event.pod} {event.stage}"
-    if isinstance(event, EndpointMark) and not event.ready:
-        return f"{event.pod} out of {event.service}"
-    if isinstance(event, NodeMark) and event.what in _NODES:
-        return f"{event.node} {event.what}"
-    return ""
