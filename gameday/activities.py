@@ -304,26 +304,43 @@ class Running:
             _begun.discard(self)
 
 
-def run(own: Own, one: Activity, environment: Mapping[str, str], stop: threading.Event | None = None) -> Any:
-    """Run it to its end, its pauses around it. Raises `Unreadable` when it raised, hung, or was stopped."""
-    before, after = (_seconds(own, value, one.name) for value in one.pauses)
+def run(
+    own: Own,
+    one: Activity,
+    environment: Mapping[str, str],
+    stop: threading.Event | None = None,
+    *,
+    within: float | None = None,
+) -> Any:
+    """Run it to its end, its pauses around it; with `within` (seconds) at once, and no longer than that.
+
+    Raises `Unreadable` when it raised, hung, or was stopped.
+    """
+    before, after = (0.0, 0.0) if within is not None else (_seconds(own, value, one.name) for value in one.pauses)
     if stop is not None and before and not clock.pause(before, stop):
         raise Unreadable(f"stopped before {one.name!r}")
     running = Running(own, one, environment)
-    running.wait(LONGEST, stop)
+    running.wait(LONGEST if within is None else within, stop)
     output = running.result()
     if stop is not None and after:
         clock.pause(after, stop)
     return output
 
 
-def probe(own: Own, one: Activity, environment: Mapping[str, str], stop: threading.Event | None = None) -> str:
-    """Run it and hold what it says against its tolerance; returns it in words.
+def probe(
+    own: Own,
+    one: Activity,
+    environment: Mapping[str, str],
+    stop: threading.Event | None = None,
+    *,
+    within: float | None = None,
+) -> str:
+    """Run it (as `run` does) and hold what it says against its tolerance; returns it in words.
 
     Raises `Unreadable` for no word (it raised; None; NaN; what its tolerance cannot be held against) and
     `OutOfTolerance`.
     """
-    value = run(own, one, environment, stop)
+    value = run(own, one, environment, stop, within=within)
     told = f"{one.name}: {words(*[value])}"
     if not one.judged:
         return told

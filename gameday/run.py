@@ -418,19 +418,17 @@ class Session:
         if self._healer is None or self._plan is None or self._healed or self._heals >= HEALS:
             return
         self._heals += 1
-        if self._guard is not None:
-            self._guard.harm = None
         if self._harm is not None and not self._healer.begun:
             if self._effects is not None:
-                self._effects.last_look()
-                self._effects.demand_detection()
-                self._effects.tell_uncovered()
+                self._look_last(self._effects)
             if not self._plan.facts.one_shot:
                 self.tape.mark(Step.UNDO, True)
             self.tape.phase(Phase.DURING, "end")
         self._phase, self._phase_ends = "heal", clock.now() + self._settings.heal_within
         ends = self._harm + self._plan.facts.lasting + LONGEST if self._harm is not None else 0.0
         self._healed = self._healer.heal(until=ends)
+        if self._healed and self._guard is not None:
+            self._guard.harm = None  # not before: the fault is in force until it is undone
         if self._harm is not None:
             if self._effects is not None:
                 try:
@@ -438,6 +436,15 @@ class Session:
                 except ClusterError as wrong:
                     self.tape.mark(Step.GONE, False, self._plan.facts.name, str(wrong))
             self.tape.mark(Step.HEALED, self._healed, detail=self._healer.told)
+
+    def _look_last(self, effects: Effects) -> None:
+        """What still acts, right before the undo. Whatever happens while we look, it must not keep us from undoing."""
+        for look in (effects.last_look, effects.demand_detection, effects.tell_uncovered):
+            try:
+                look()
+            except Exception as wrong:  # noqa: BLE001 - a bug in a look included
+                told = str(wrong) if isinstance(wrong, GamedayError) else repr(wrong)
+                self.tape.note("inconclusive", f"whether the fault still acted right before the heal: {told}")
 
     # ── after ───────────────────────────────────────────────────────────────────────────────
 

@@ -21,6 +21,7 @@ from gameday.tape import Tape
 from probes.kube import Watcher
 from probes.reach import EVERY, Reach
 
+LAST_LOOK = 10.0  # seconds for all proofs right before the heal: meanwhile their fault is in force
 SEEN_WITHIN = 15.0  # seconds after the method until its effect must be seen
 EFFECT = "the method"
 _PODS = ("gone", "unready", "terminating", "restarted")
@@ -94,11 +95,14 @@ class Witness(Effects):
         self._proven = True
         return True
 
-    def _prove_by_probes(self) -> bool:
+    def _prove_by_probes(self, within: float | None = None) -> bool:
         told = []
+        until = None if within is None else clock.now() + within
         for one in self._own.proofs:
+            left = None if until is None else max(0.0, until - clock.now())
             try:
-                told.append(activities.probe(self._own, one, self._cluster.environment(), self._tape.stopping))
+                environment = self._cluster.environment()
+                told.append(activities.probe(self._own, one, environment, self._tape.stopping, within=left))
             except (Unreadable, OutOfTolerance) as wrong:
                 self._tape.mark(Step.EFFECT, False, EFFECT, str(wrong))
                 self._tape.stop("inconclusive", f"the method ran, but its proof does not show the effect: {wrong}")
@@ -125,7 +129,7 @@ class Witness(Effects):
     def demand_detection(self) -> None:
         """Right before the heal: what the experiment names as proof must still hold."""
         if self._proven and self._own.proofs and not self._tape.stopped:
-            self._proven = self._prove_by_probes()
+            self._proven = self._prove_by_probes(LAST_LOOK)
 
     # ── after it ────────────────────────────────────────────────────────────────────────────
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,6 +128,57 @@ def test_one_undo_that_fails_does_not_keep_the_next_from_being_done(
     monkeypatch.setattr(undoing.Work, "_step", real)
     made.heal()
     assert cordoned(cluster) == []
+
+
+class Looks:
+    """The proofs' last looks, each of which does something odd."""
+
+    def __init__(self, happens: Callable[[], None]) -> None:
+        self.last_look = self.demand_detection = self.tell_uncovered = happens
+
+    def see_gone(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("wrong", [ClusterError("the API server is away"), KeyError("a bug")])
+def test_a_last_look_that_raises_does_not_keep_us_from_undoing(
+    wrong: Exception, cluster: Cluster, tmp_path: Path
+) -> None:
+    def happens() -> None:
+        raise wrong
+
+    made = session(tmp_path, cluster)
+    aimed(made, cluster, tmp_path)
+    made._effects = Looks(happens)  # type: ignore[assignment]
+    made.heal()
+    assert cordoned(cluster) == [] and made._healed
+    told = [event for event in made.tape.events if isinstance(event, Note)]
+    assert [one.level for one in told] == ["inconclusive"] * 3, "nobody knows whether it acted to the end"
+
+
+def test_the_guard_stays_armed_until_the_fault_is_undone(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, armed = session(tmp_path, cluster), []
+    aimed(made, cluster, tmp_path)
+    guard: Any = SimpleNamespace(harm=1.0)
+    made._guard = guard
+    made._effects = Looks(lambda: armed.append(guard.harm))  # type: ignore[assignment]
+    real = undoing.Work._step
+
+    def step(self: undoing.Work) -> str | None:
+        armed.append(guard.harm)
+        if "n2" not in failing:
+            return real(self)
+        raise ClusterError("n2 cannot be undone")
+
+    failing = ["n2"]
+    monkeypatch.setattr(undoing.Work, "_step", step)
+    made.heal()
+    assert guard.harm == 1.0 and set(armed) == {1.0}, "it is not undone, so it is in force"
+    failing.clear()
+    made.heal()
+    assert guard.harm is None and set(armed) == {1.0}
 
 
 def test_an_error_after_the_first_stop_is_noted(tmp_path: Path) -> None:
