@@ -25,8 +25,8 @@ def test_node_crash(experiment: Run) -> None:
         before=[Success(at_least=0.999), FirstToken(p95=seconds(1)), SERVED_IN_TIME],
         fault=NodeCrash(lasting=seconds(25)),
         during=[
-            Success(at_least=0.95),
-            FirstToken(p95=seconds(2.5)),
+            Success(at_least=0.98),
+            FirstToken(p95=seconds(1.5)),
             SERVED_IN_TIME,
             UnbrokenStreams(except_on="targets"),
         ],

@@ -1,7 +1,7 @@
-"""Rolling update: a new version of the engines goes out while users are served.
+"""Rolling update: a new version of the engines goes out while users are served, a good one and a bad one.
 
 Hypothesis: nobody notices. New pods are ready before old ones go, capacity never falls, no stream breaks; and the
-way back, which the heal takes, is just as quiet.
+way back, which the heal takes, is just as quiet. A version that cannot start replaces nobody.
 """
 
 import pytest
@@ -44,6 +44,27 @@ def test_rolling_update(experiment: Run) -> None:
         after=[
             Success(at_least=0.999),
             UnbrokenStreams(),
+            Recovers(within=seconds(10), hold=seconds(8)),
+            Replicas(at_least=6, owner="my-llama32"),
+            NothingLeftBehind(),
+        ],
+    )
+    assert verdict.passed, verdict.story
+
+
+def test_bad_release(experiment: Run) -> None:
+    verdict = experiment(
+        traffic=Chat(per_second=15),
+        before=[Success(at_least=0.999), FirstToken(p95=seconds(1)), SERVED_IN_TIME],
+        fault=RollingUpdate(lasting=seconds(20), image="gameday/engine:does-not-exist"),
+        during=[
+            Success(at_least=0.999),
+            FirstToken(p95=seconds(1.5)),
+            SERVED_IN_TIME,
+            UnbrokenStreams(),
+            NeverFewer(than=6, owner="my-llama32"),
+        ],
+        after=[
             Recovers(within=seconds(10), hold=seconds(8)),
             Replicas(at_least=6, owner="my-llama32"),
             NothingLeftBehind(),
