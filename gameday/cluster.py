@@ -337,13 +337,21 @@ class Cluster:
 
     def served(self, group_version: str) -> frozenset[str]:
         """The plurals that the API serves in "group/version"; empty where it does not know it."""
+        return frozenset(kind.plural for kind in self.kinds(group_version))
+
+    def kinds(self, group_version: str) -> tuple[Kind, ...]:
+        """What the API serves in "group/version", subresources among it; nothing where it does not know it."""
         try:
             found = self.call("GET", f"/apis/{group_version}")
         except Refused as refused:
             if refused.code == 404:
-                return frozenset()
+                return ()
             raise
-        return frozenset(resource["name"] for resource in found.get("resources", []))
+        group, _, version = group_version.rpartition("/")
+        return tuple(
+            Kind(group, version, one["name"], one.get("kind", ""), one.get("namespaced") is True)
+            for one in found.get("resources", [])
+        )
 
     # ── what is there ───────────────────────────────────────────────────────────────────────
 

@@ -2,7 +2,8 @@
 
 Least privilege: everything is a Role in the namespace under test, but for what has no namespace (nodes), what
 Kubernetes keeps in `default` (Events about nodes, and the one place for a cluster-wide Lease), and, if named, a look
-at Chaos Mesh's controller. Rights with `only_for="nodes"` are for zone and node faults; `--pods-only` leaves them out.
+at Chaos Mesh's controller. Rights with `only_for="nodes"` are for zone and node faults, those with `only_for="own"`
+for a team's own experiments (to see what they leave behind); `--pods-only` leaves both out.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from gameday.kinds import (
     LEASES,
     NAMESPACES,
     NETWORKCHAOS,
+    NETWORKPOLICIES,
     NODES,
     PDBS,
     PODCHAOS,
     PODS,
+    STATEFULSETS,
     STRESSCHAOS,
     Kind,
 )
@@ -47,12 +50,32 @@ class Right:
     why: str
     sub: str = ""
     name: str = ""  # of one object alone
-    only_for: str = ""  # "nodes": zone and node faults
+    only_for: str = ""  # "nodes": zone and node faults; "own": a team's own experiments
 
     @property
     def resource(self) -> str:
         return self.kind.plural + (f"/{self.sub}" if self.sub else "")
 
+
+LEFT = "what a team's own experiment leaves behind"
+# Of Chaos Mesh 2.6 to 2.8, besides the three that gameday itself knows: what a team's experiment may leave behind.
+OTHER_CHAOS = (
+    ("awschaos", "AWSChaos"),
+    ("azurechaos", "AzureChaos"),
+    ("blockchaos", "BlockChaos"),
+    ("dnschaos", "DNSChaos"),
+    ("gcpchaos", "GCPChaos"),
+    ("httpchaos", "HTTPChaos"),
+    ("iochaos", "IOChaos"),
+    ("jvmchaos", "JVMChaos"),
+    ("kernelchaos", "KernelChaos"),
+    ("physicalmachinechaos", "PhysicalMachineChaos"),
+    ("schedules", "Schedule"),
+    ("statuschecks", "StatusCheck"),
+    ("timechaos", "TimeChaos"),
+    ("workflownodes", "WorkflowNode"),
+    ("workflows", "Workflow"),
+)
 
 RIGHTS: tuple[Right, ...] = (
     Right(NAMESPACES, ("get",), "target", "does it exist, may chaos be injected into it"),
@@ -71,6 +94,12 @@ RIGHTS: tuple[Right, ...] = (
     Right(PODCHAOS, WRITE, "target", "pod faults (Chaos Mesh's webhook asks for create as well)"),
     Right(NETWORKCHAOS, WRITE, "target", "partitions"),
     Right(STRESSCHAOS, (*READ, "delete"), "target", "look for leftovers"),
+    *(
+        Right(Kind(PODCHAOS.group, PODCHAOS.version, plural, kind), ("list",), "target", LEFT, only_for="own")
+        for plural, kind in OTHER_CHAOS
+    ),
+    Right(STATEFULSETS, ("list",), "target", LEFT, only_for="own"),
+    Right(NETWORKPOLICIES, ("list",), "target", LEFT, only_for="own"),
     Right(EVENTS, READ, "default", "what detectors report about nodes"),
     Right(LEASES, (*WRITE, "update"), "default", "the cluster-wide lock of node and zone faults", only_for="nodes"),
     Right(DEPLOYMENTS, ("get",), "chaos", "its version and how it is installed", name=CONTROLLER),

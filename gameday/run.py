@@ -146,7 +146,8 @@ class Session:
         self._reach.start(plan, lambda pod: self._save(pod["metadata"]["name"], pod), within)
         parts = plan, self._reach, self._watcher, self.tape
         foreign = isinstance(self.spec.fault, ChaosToolkit)
-        self._effects = Witness(*parts, self._cluster) if foreign else Effects(*parts)
+        where = self._cluster, self._settings.allow_namespaces
+        self._effects = Witness(*parts, *where) if foreign else Effects(*parts)
         # The load's plan must outlast everything that may take its time: the heal, and the rebalancing.
         seed = self._arena.seed + self._trial - 1
         self._flow.start(self.spec.traffic, seed, self._lasts + self._rolls_within, self._settings, self.dir)

@@ -4,18 +4,21 @@ Its effect is what is seen to change of the engines since its first action: one 
 the rotation, a node of theirs that leaves, a connection to one that worked and does not. Other pods and nodes change
 by themselves all the time, which proves nothing. Where nothing of that kind is to be expected (latency, a DNS answer,
 another service's pod), the experiment names probes as its proof. And what was there before the first action
-must be there again at the end: new chaos resources, cordons, taints, other replicas are a mess left behind.
+must be there again at the end: new chaos resources of any kind, NetworkPolicies, cordons, taints, other replicas are a
+mess left behind, in whichever of the allowed namespaces.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from faults.base import Call, Plan
 from gameday import activities, clock
 from gameday.activities import OutOfTolerance, Unreadable
-from gameday.cluster import Cluster, Obj
+from gameday.cluster import Cluster, Obj, Refused
 from gameday.effects import GONE_WITHIN, Effects
 from gameday.errors import ClusterError
-from gameday.kinds import DEPLOYMENTS, NETWORKCHAOS, NODES, PODCHAOS, STRESSCHAOS
+from gameday.kinds import DEPLOYMENTS, NETWORKPOLICIES, NODES, PODCHAOS, STATEFULSETS, Kind
 from gameday.model import EndpointMark, Event, NodeMark, PodMark, Step
 from gameday.tape import Tape
 from probes.kube import Watcher
@@ -24,6 +27,7 @@ from probes.reach import EVERY, Reach
 LAST_LOOK = 10.0  # seconds for all proofs right before the heal: meanwhile their fault is in force
 SEEN_WITHIN = 15.0  # seconds after the method until its effect must be seen
 EFFECT = "the method"
+_ITS_OWN = ("podnetworkchaos", "podiochaos", "podhttpchaos", "physicalmachines")
 _PODS = ("gone", "unready", "terminating", "restarted")
 _NODES = ("gone", "not ready", "cordoned")
 
@@ -31,9 +35,11 @@ _NODES = ("gone", "not ready", "cordoned")
 class Witness(Effects):
     """The effect of a `ChaosToolkit` fault, its hypothesis, and what it leaves behind."""
 
-    def __init__(self, plan: Plan, reach: Reach, watcher: Watcher, tape: Tape, cluster: Cluster) -> None:
+    def __init__(
+        self, plan: Plan, reach: Reach, watcher: Watcher, tape: Tape, cluster: Cluster, namespaces: Sequence[str]
+    ) -> None:
         super().__init__(plan, reach, watcher, tape)
-        self._cluster = cluster
+        self._cluster, self._namespaces = cluster, tuple(namespaces)  # where it may leave something
         text = next(act.experiment for act in plan.acts if isinstance(act, Call))
         self._own = activities.of_text(text)
         self._before: dict[str, str] = {}
@@ -53,7 +59,13 @@ class Witness(Effects):
                 self._tape.stop("inconclusive", why)
                 return False
             self._tape.note("info", f"steady state before: {told}")
-        self._before = self._snapshot()
+        try:
+            self._before = self._snapshot()
+        except Refused as hidden:
+            told = f"what the experiment could leave behind cannot be seen, nothing was injected ({hidden})"
+            todo = f"grant what `gameday rbac` prints for {', '.join(self._namespaces)}, or allow fewer namespaces"
+            self._tape.stop("inconclusive", f"{told}: {todo}")
+            return False
         self._know_engines()
         return True
 
@@ -63,16 +75,15 @@ class Witness(Effects):
             self._nodes |= {pod.node} - {""}
 
     def _snapshot(self) -> dict[str, str]:
-        """What an experiment could leave behind, in words: thing → how it is."""
-        found: dict[str, str] = {}
-        for kind in (PODCHAOS, NETWORKCHAOS, STRESSCHAOS):
-            if kind.plural in self._cluster.served(kind.api_version):
-                for obj in self._cluster.list(kind, self._cluster.namespace):
-                    found[f"{kind.kind} {obj['metadata']['name']}"] = "there"
-        for obj in self._cluster.list(NODES):
-            found[f"node {obj['metadata']['name']}"] = _of_node(obj)
-        for obj in self._cluster.list(DEPLOYMENTS, self._cluster.namespace):
-            found[f"deployment {obj['metadata']['name']}"] = f"{obj['spec'].get('replicas', 1)} replicas"
+        """What an experiment could leave behind, in words: thing → how it is. Raises `Refused` for what is hidden."""
+        found = {f"node {obj['metadata']['name']}": _of_node(obj) for obj in self._cluster.list(NODES)}
+        chaos = [kind for kind in self._cluster.kinds(PODCHAOS.api_version) if _may_stay(kind)]
+        for namespace in self._namespaces:
+            for kind in (*chaos, NETWORKPOLICIES):
+                found |= {_named(kind, obj): "there" for obj in self._cluster.list(kind, namespace)}
+            for kind in (DEPLOYMENTS, STATEFULSETS):
+                for obj in self._cluster.list(kind, namespace):
+                    found[_named(kind, obj)] = f"{obj['spec'].get('replicas', 1)} replicas"
         return found
 
     # ── while it lasts ──────────────────────────────────────────────────────────────────────
@@ -163,6 +174,15 @@ class Witness(Effects):
                 self._tape.note("info", f"steady state after: {told}")
 
 
+def _may_stay(kind: Kind) -> bool:
+    """Whether it is a chaos resource that somebody makes, and not Chaos Mesh's own book-keeping."""
+    return kind.namespaced and "/" not in kind.plural and kind.plural not in _ITS_OWN
+
+
+def _named(kind: Kind, obj: Obj) -> str:
+    return f"{kind.kind} {obj['metadata']['namespace']}/{obj['metadata']['name']}"
+
+
 def _of_node(obj: Obj) -> str:
     spec = obj.get("spec", {})
     # Taints of the node controller come and go with the node's health; they are not the experiment's to undo.
@@ -174,6 +194,5 @@ def _of_node(obj: Obj) -> str:
 def _differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """What is there that was not, or is otherwise than it was. (Nodes that vanished are judged by objectives.)"""
     new = [f"{thing} is {how}" for thing, how in sorted(now.items()) if before.get(thing, "") != how]
-    return new + [
-        f"{thing} is gone" for thing in sorted(before) if thing.startswith("deployment ") and thing not in now
-    ]
+    kept = tuple(f"{kind.kind} " for kind in (DEPLOYMENTS, STATEFULSETS, NETWORKPOLICIES))
+    return new + [f"{thing} is gone" for thing in sorted(before) if thing.startswith(kept) and thing not in now]

@@ -6,22 +6,35 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
-from faults.base import Act, Apply, Job, Plan
+from faults.base import Act, Apply, Call, Job, Plan
 from gameday import clock
 from gameday.cli import main
 from gameday.cluster import Cluster, Obj, Refused
 from gameday.errors import ClusterError, MissingCapability, SettingsError, TargetError
-from gameday.kinds import BY_KIND, CRDS, DEPLOYMENTS, JOBS, NAMESPACES, PODCHAOS, PODS, SERVICEACCOUNTS, Kind
+from gameday.kinds import (
+    BY_KIND,
+    CRDS,
+    DEPLOYMENTS,
+    JOBS,
+    NAMESPACES,
+    NETWORKPOLICIES,
+    PODCHAOS,
+    PODS,
+    SERVICEACCOUNTS,
+    Kind,
+)
 from gameday.model import FaultFacts
 from gameday.preflight import Preflight
 from gameday.rbac import RIGHTS, manifests, show
 from gameday.settings import Settings, load
+from gameday.witness import Witness
 from probes.reach import prober
 from sandbox.chaos.controller import crds
 
@@ -90,6 +103,18 @@ def test_the_printed_role_is_enough_and_each_right_counts(stranger: Cluster, cha
             flight._demand_rights([right])
         chaotic.patch(ROLES[kind], name, {"rules": role["rules"]}, where)
     assert flight._rights().endswith("granted")
+
+
+def test_a_teams_mess_can_be_seen_under_the_printed_role(stranger: Cluster, chaotic: Cluster) -> None:
+    metadata = {"name": "delay", "namespace": "llm"}
+    policy = {"metadata": metadata, "spec": {"podSelector": {}}}
+    chaotic.create(NETWORKPOLICIES, {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", **policy})
+    nobody: Any = SimpleNamespace()
+    text = json.dumps({"title": "Theirs", "method": [{"name": "x", "type": "action"}]})
+    plan = Plan(FACTS, (Call("1. x", text, 0, True),), ())
+    looked = [Witness(plan, nobody, nobody, nobody, one, ("llm",))._snapshot() for one in (stranger, chaotic)]
+    assert looked[0] == looked[1] and looked[0]["NetworkPolicy llm/delay"] == "there"
+    chaotic.delete(NETWORKPOLICIES, "delay", "llm")
 
 
 def test_pods_only_leaves_out_what_touches_nodes(stranger: Cluster, chaotic: Cluster) -> None:

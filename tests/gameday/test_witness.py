@@ -10,7 +10,9 @@ import pytest
 
 from faults.base import Call, Plan
 from gameday import witness
-from gameday.model import EndpointMark, Event, FaultFacts, FaultMark, NodeMark, PodMark, Step
+from gameday.cluster import Obj, Refused
+from gameday.kinds import Kind
+from gameday.model import EndpointMark, Event, FaultFacts, FaultMark, NodeMark, Note, PodMark, Step
 from gameday.tape import Tape
 from gameday.witness import Witness
 
@@ -24,7 +26,35 @@ def made(cluster: Any = None, broken: tuple[str, ...] = ()) -> tuple[Witness, Ta
     tape = Tape(lambda _: None)
     reach: Any = SimpleNamespace(broken=lambda: broken)
     watcher: Any = SimpleNamespace(engines=lambda: ENGINES)
-    return Witness(Plan(FACTS, (Call("1. x", TEXT, 0, True),), ()), reach, watcher, tape, cluster), tape
+    plan = Plan(FACTS, (Call("1. x", TEXT, 0, True),), ())
+    return Witness(plan, reach, watcher, tape, cluster, ("llm", "data")), tape
+
+
+class Planted:
+    """Objects of a cluster by (plural, namespace); `hidden`: what may not be listed."""
+
+    def __init__(self) -> None:
+        self.objects: dict[tuple[str, str | None], list[Obj]] = {}
+        self.hidden: set[tuple[str, str | None]] = set()
+        self.put("nodes", None, "node-1")
+        self.put("deployments", "llm", "chat", replicas=2)
+
+    def put(self, plural: str, namespace: str | None, name: str, **spec: Any) -> None:
+        made = {"metadata": {"name": name, "namespace": namespace}, "spec": spec}
+        kept = [one for one in self.objects.get((plural, namespace), []) if one["metadata"]["name"] != name]
+        self.objects[plural, namespace] = [*kept, made]
+
+    def kinds(self, group_version: str) -> tuple[Kind, ...]:
+        group, _, version = group_version.partition("/")
+        served = ("podchaos", "podchaos/status", "httpchaos", "iochaos", "schedules", "podnetworkchaos")
+        of_cluster = Kind(group, version, "remoteclusters", "RemoteCluster", namespaced=False)
+        return (*(Kind(group, version, one, one) for one in served), of_cluster)
+
+    def list(self, kind: Kind, namespace: str | None = None) -> list[Obj]:
+        assert kind.namespaced is (namespace is not None) and "/" not in kind.plural
+        if (kind.plural, namespace) in self.hidden:
+            raise Refused(403, "Forbidden", f"cannot list {kind.plural} in {namespace}")
+        return self.objects.get((kind.plural, namespace), [])
 
 
 def proven(*events: Event, broken: tuple[str, ...] = ()) -> FaultMark:
@@ -71,3 +101,62 @@ def test_what_changes_of_the_engines_proves_it(event: Event, told: str) -> None:
 
 def test_a_connection_to_an_engine_that_breaks_proves_it() -> None:
     assert proven(broken=("a→llm/engine-1",)).detail == "a→llm/engine-1 fails"
+
+
+# ── what it leaves behind ───────────────────────────────────────────────────────────────────────
+
+
+def left(*puts: tuple[Any, ...], removed: tuple[str, str] | None = None, **spec: Any) -> FaultMark:
+    """What is recorded at the end when these were put into the cluster after the first action."""
+    cluster = Planted()
+    cluster.put("statefulsets", "data", "store", replicas=3)
+    cluster.put("networkpolicies", "llm", "theirs")
+    found, tape = made(cluster)
+    assert found.ready()
+    for put in puts:
+        cluster.put(*put, **spec)
+    if removed:
+        cluster.objects[removed] = []
+    found.see_gone(cluster, "r1")  # type: ignore[arg-type]
+    (mark,) = [one for one in tape.events if isinstance(one, FaultMark)]
+    assert mark.step is Step.GONE
+    return mark
+
+
+@pytest.mark.parametrize("plural", ["podchaos", "httpchaos", "iochaos", "schedules", "networkpolicies"])
+@pytest.mark.parametrize("namespace", ["llm", "data"])
+def test_a_mess_of_any_kind_in_any_allowed_namespace_is_seen(plural: str, namespace: str) -> None:
+    """Only PodChaos, NetworkChaos and StressChaos were looked for, and only in the namespace under test."""
+    mark = left((plural, namespace, "x"))
+    assert not mark.ok and f"{namespace}/x is there" in mark.detail
+
+
+def test_what_was_scaled_or_removed_is_a_mess() -> None:
+    assert "StatefulSet data/store is 0 replicas" in left(("statefulsets", "data", "store"), replicas=0).detail
+    assert "StatefulSet data/store is gone" in left(removed=("statefulsets", "data")).detail
+    assert "NetworkPolicy llm/theirs is gone" in left(removed=("networkpolicies", "llm")).detail
+    assert "Deployment llm/chat is gone" in left(removed=("deployments", "llm")).detail
+
+
+def test_without_a_mess_it_is_as_before() -> None:
+    assert left().ok
+    assert left(("podnetworkchaos", "llm", "p")).ok, "Chaos Mesh keeps its own books"
+
+
+@pytest.mark.parametrize("hidden", [("httpchaos", "llm"), ("statefulsets", "data"), ("networkpolicies", "data")])
+def test_where_a_mess_could_not_be_seen_nothing_begins(hidden: tuple[str, str]) -> None:
+    cluster = Planted()
+    cluster.hidden = {hidden}
+    found, tape = made(cluster)
+    assert not found.ready() and tape.stopped
+    (note,) = [one for one in tape.events if isinstance(one, Note)]
+    assert note.level == "inconclusive" and f"cannot list {hidden[0]} in {hidden[1]}" in note.text
+    assert "gameday rbac" in note.text
+
+
+def test_an_engine_that_is_gone_was_known_before() -> None:
+    found, tape = made(Planted())
+    assert found.ready()
+    found._watcher = SimpleNamespace(engines=lambda: ())  # type: ignore[assignment]
+    tape.emit(PodMark(11.0, "llm/engine-1", "u1", "gone"))
+    assert found.prove_all(HARM)
