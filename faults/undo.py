@@ -13,6 +13,7 @@ from gameday.errors import ClusterError, HealError
 from gameday.kinds import BY_KIND, DEPLOYMENTS, NODES
 
 PAUSE = "/pause"  # Chaos Mesh's pod-failure image is `…/pause`
+NOT_BEGUN = "the method never began, so there is nothing to roll back"
 EVERY = 0.1  # seconds between looks
 SLOW = 1.0  # seconds; an answer that took longer was waited for by the client, which rides out lost connections
 RETRY_MAX = 2.0  # seconds; after an error looks are spaced out, doubling, up to so much

@@ -305,9 +305,23 @@ class Cluster:
     ) -> Obj:
         return self.call("PATCH", kind.path(namespace, name, sub), body=patch, content=_PATCH[type])
 
-    def delete(self, kind: Kind, name: str, namespace: str | None = None, *, grace: int | None = None) -> bool:
-        """Delete in the background; False when it was not there."""
+    def delete(
+        self,
+        kind: Kind,
+        name: str,
+        namespace: str | None = None,
+        *,
+        grace: int | None = None,
+        uid: str = "",
+        version: str = "",
+    ) -> bool:
+        """Delete in the background; False when it was not there.
+
+        `uid`, `version`: of the object that is meant; another one is `Refused` with code 409.
+        """
         options: Obj = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
+        if wanted := {key: value for key, value in (("uid", uid), ("resourceVersion", version)) if value}:
+            options["preconditions"] = wanted
         if grace is not None:
             options["gracePeriodSeconds"] = grace
         try:

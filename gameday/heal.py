@@ -6,7 +6,7 @@ next one, with its own deadline. While the API server does not answer it is trie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from faults import undo as undoing
 from faults.base import Undo
@@ -74,11 +74,16 @@ class Healer:
     def told(self) -> str:
         return f"{len(self._undone)} of {len(self._undos)} undone"
 
-    def heal(self, until: Instant = 0.0) -> bool:
-        """Undo all of it; whether everything is undone. `until`: when the fault ends by itself."""
+    def heal(self, until: Instant = 0.0, *, harmed: bool = True) -> bool:
+        """Undo all of it; whether everything is undone. `until`: when the fault ends by itself.
+
+        `harmed` False: no act was done, so that a team's rollbacks have nothing to roll back.
+        """
         waiting = [entry for entry in self._undos if entry not in self._undone]
+        skipped = [entry for entry in waiting if entry.verb == "rollback" and not harmed]
+        waiting = [entry for entry in waiting if entry not in skipped]
         jobs: list[_Job] = []
-        failed = False
+        failed = False in [self._strike(entry, lambda: undoing.NOT_BEGUN) for entry in skipped]
         while waiting or jobs:
             if waiting and not any(self._next_waits(job) for job in jobs):
                 jobs.append(_Job(self._cluster, waiting.pop(0), self._within, until))
@@ -97,15 +102,19 @@ class Healer:
 
     def _look(self, job: _Job) -> bool | None:
         """Whether it is undone, None while it is under way."""
+        return self._strike(job.entry, lambda: job.look(hurried=self._tape.stopped))
+
+    def _strike(self, entry: Undo, look: Callable[[], str | None]) -> bool | None:
+        """Strike it from the ledger once `look` has words for it."""
         try:
-            told = job.look(hurried=self._tape.stopped)
+            told = look()
             if told is None:
                 return None
-            self._ledger.done(job.entry)
+            self._ledger.done(entry)
         except (HealError, ClusterError) as wrong:
-            self._tape.mark(Step.RECOVERED, False, job.entry.what, str(wrong))
+            self._tape.mark(Step.RECOVERED, False, entry.what, str(wrong))
             self._tape.note("error", str(wrong))
             return False
-        self._undone.append(job.entry)
-        self._tape.mark(Step.RECOVERED, True, job.entry.what, told)
+        self._undone.append(entry)
+        self._tape.mark(Step.RECOVERED, True, entry.what, told)
         return True

@@ -1,8 +1,8 @@
 """The ledger: every undo, written before the harm, on this disk and in the cluster.
 
 Locally `ledger.jsonl` (one line per entry, fsynced); in the cluster one ConfigMap per run, labelled and owned
-by nobody, one key per entry. An entry is removed when its undo is verified; the ConfigMap goes last. Whoever
-can read the ConfigMap can heal: `heal` needs nothing else.
+by nobody, one key per entry, and the key `BEGUN` from right before the first harm. An entry is removed when its undo is
+verified; the ConfigMap goes last. Whoever can read the ConfigMap can heal: `heal` needs nothing else.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from faults.base import OURS, ROLE, RUN, Undo
-from faults.undo import still_paused, undo
+from faults.undo import NOT_BEGUN, still_paused, undo
 from gameday import clock
-from gameday.cluster import Cluster, Obj
+from gameday.cluster import Cluster, Obj, Refused
 from gameday.errors import ClusterError, HealError, RecordError
 from gameday.kinds import BY_KIND, CONFIGMAPS
 from gameday.lock import remove_dead, wait_until_dead
 
 _UNDO: TypeAdapter[Undo] = TypeAdapter(Undo)
 LEDGERS = f"{OURS},{ROLE}=ledger"
+BEGUN = "begun"  # key of the ConfigMap: without it nothing was harmed, and rollbacks would roll back nothing of ours
 
 
 class Ledger:
@@ -60,6 +61,28 @@ class Ledger:
         metadata = {"name": self._name, "namespace": self._cluster.namespace, "labels": self._labels}
         return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
 
+    def fence(self, *, begins: bool) -> None:
+        """Whether every undo is still written in the cluster; `begins`: the harm comes next, which is written first.
+
+        Raises `RecordError` where somebody has healed meanwhile (we may have slept), and `ClusterError`.
+        """
+        where = CONFIGMAPS, self._name
+        try:
+            if begins:
+                change = {"data": {BEGUN: str(int(clock.Epoch.read().wall))}}
+                found = self._cluster.patch(*where, change, self._cluster.namespace)
+            else:
+                found = self._cluster.get(*where, self._cluster.namespace)
+        except Refused as refused:
+            if refused.code != 404:
+                raise
+            found = {}
+        if missing := set(self._keys.values()) - set(found.get("data") or {}):
+            raise RecordError(
+                f"{len(missing)} of {len(self._keys)} undos are not in the ledger {self._name} any more "
+                "(did somebody run `gameday heal`?): nothing was harmed."
+            )
+
     def done(self, entry: Undo) -> None:
         """The undo is verified: strike it out, in the cluster first (the local line only informs)."""
         key = self._keys[entry]
@@ -78,6 +101,7 @@ class Left:
     run: str
     ledger: str  # the ConfigMap
     entries: tuple[tuple[str, Undo], ...]  # (key, undo), in the order of undoing
+    begun: bool = True  # whether the harm was about to begin
 
 
 def leftovers(cluster: Cluster, run: str | None = None) -> tuple[Left, ...]:
@@ -91,15 +115,16 @@ def leftovers(cluster: Cluster, run: str | None = None) -> tuple[Left, ...]:
 
 
 def _left(obj: dict[str, Any]) -> Left:
-    name = obj["metadata"]["name"]
+    name, data = obj["metadata"]["name"], dict(obj.get("data") or {})
+    begun = data.pop(BEGUN, None) is not None
     try:
-        entries = tuple((key, _UNDO.validate_json(text)) for key, text in sorted((obj.get("data") or {}).items()))
+        entries = tuple((key, _UNDO.validate_json(text)) for key, text in sorted(data.items()))
     except ValidationError as wrong:
         first = wrong.errors()[0]
         raise HealError(
             f"ConfigMap {name} is not a ledger of this version ({first['loc']}: {first['msg']})."
         ) from wrong
-    return Left(obj["metadata"].get("labels", {}).get(RUN, ""), name, entries)
+    return Left(obj["metadata"].get("labels", {}).get(RUN, ""), name, entries, begun)
 
 
 def strays(cluster: Cluster, run: str | None = None) -> tuple[Undo, ...]:
@@ -124,13 +149,15 @@ def heal(cluster: Cluster, *, run: str | None = None, within: float = 60.0, say:
     runs out. Tries everything even when one undo fails, then raises one `HealError` that lists what is left.
     """
     wait_until_dead(cluster, say)
+    remove_dead(cluster)  # first: a run that only slept finds its Lease gone when it wakes, and harms nothing
     failed: list[str] = []
     count = 0
     for left in leftovers(cluster, run):
         broken = False
         for key, entry in left.entries:
             try:
-                say(f"{left.run}: {undo(cluster, entry, within=within)}")
+                begun = left.begun or entry.verb != "rollback"
+                say(f"{left.run}: {undo(cluster, entry, within=within) if begun else NOT_BEGUN}")
                 _see_running(cluster, entry, within)
                 cluster.patch(CONFIGMAPS, left.ledger, {"data": {key: None}}, cluster.namespace)
                 count += 1

@@ -1,7 +1,8 @@
 """One game day at a time: a Lease per namespace, and a cluster-wide one for node and zone faults.
 
 The Lease names the run; it is renewed from a thread. Whoever loses it must heal and stop (`lost`).
-An expired Lease may be taken over only when its run's ledger is healed.
+An expired Lease may be taken over only when its run's ledger is healed; and whoever has taken one looks for ledgers
+again, since a run that could not heal gives its Lease back and leaves its ledger.
 """
 
 from __future__ import annotations
@@ -90,14 +91,27 @@ def _moves(cluster: Cluster, name: str, namespace: str, lease: Obj, within: floa
 
 
 def remove_dead(cluster: Cluster) -> int:
-    """Delete the expired leases of game days on this namespace; returns how many there were."""
+    """Delete the expired leases of game days on this namespace; returns how many there were.
+
+    Raises `LockError` where a holder that was taken for dead wakes up at this instant.
+    """
     count = 0
     for name, namespace in ((NAME, cluster.namespace), CLUSTER_WIDE):
         lease = cluster.find(LEASES, name, namespace)
         ours = lease is not None and (lease["metadata"].get("annotations") or {}).get(UNDER_TEST) == cluster.namespace
         if lease is not None and ours and not holder_of(lease).live:
-            count += cluster.delete(LEASES, name, namespace)
+            try:
+                count += cluster.delete(LEASES, name, namespace, version=lease["metadata"]["resourceVersion"])
+            except Refused as refused:
+                if refused.code != 409:
+                    raise
+                raise LockError(f"{holder_of(lease)} is still at work here: `gameday stop` ends it.") from refused
     return count
+
+
+def _ledgers(cluster: Cluster, namespace: str) -> list[str]:
+    found = cluster.list(CONFIGMAPS, namespace, labels="app.kubernetes.io/managed-by=gameday,gameday.dev/role=ledger")
+    return sorted(obj["metadata"]["name"] for obj in found)
 
 
 class Lock:
@@ -142,6 +156,11 @@ class Lock:
             for name, namespace in self._leases:
                 self._take(name, namespace)
                 self._held.append((name, namespace))
+            if ledgers := _ledgers(self._cluster, self._cluster.namespace):
+                raise LockError(
+                    f"{', '.join(ledgers)} in {self._cluster.namespace} tells of faults that an earlier run left "
+                    "behind: run `gameday heal` first."
+                )
         except (ClusterError, LockError):
             self.release()
             raise
@@ -173,10 +192,7 @@ class Lock:
             raise LockError(f"{holder} holds the lock in {namespace}: wait for it, or end it (`gameday stop`).")
         # Ledgers lie in the namespace that was under test, whichever lease has expired.
         namespace = (lease["metadata"].get("annotations") or {}).get(UNDER_TEST, namespace)
-        left = self._cluster.list(
-            CONFIGMAPS, namespace, labels="app.kubernetes.io/managed-by=gameday,gameday.dev/role=ledger"
-        )
-        if left:
+        if _ledgers(self._cluster, namespace):
             raise LockError(f"{holder} died and left faults behind in {namespace}: run `gameday heal` first.")
 
     def _renew(self, on_lost: Callable[[str], None]) -> None:
@@ -202,6 +218,11 @@ class Lock:
             now = f"{holder_of(lease).name!r} holds it" if lease else "it is gone"
             raise LockError(f"the lock {namespace}/{name} was lost: {now}")
         self._cluster.patch(LEASES, name, {"spec": {"renewTime": _show(datetime.now(UTC))}}, namespace)
+
+    def fence(self) -> None:
+        """Renew every lease now. Raises `LockError` where one is not ours any more, and `ClusterError`."""
+        for name, namespace in self._held:
+            self._renew_one(name, namespace)
 
     def release(self) -> None:
         """Give every lease back, if it is still ours."""

@@ -26,7 +26,7 @@ from gameday.censor import censored
 from gameday.clock import Epoch, Instant
 from gameday.cluster import Obj
 from gameday.effects import Effects, lasting
-from gameday.errors import ClusterError, GamedayError, RecordError, TargetError
+from gameday.errors import ClusterError, GamedayError, LockError, RecordError, TargetError
 from gameday.flow import DRAIN, RECENT, Flow
 from gameday.guard import Guard
 from gameday.halt import Ear
@@ -297,12 +297,15 @@ class Session:
         if not self._effects.ready():
             return
         self._reach.settle()
-        for act in self._plan.acts:
+        for number, act in enumerate(self._plan.acts):
             if self.tape.stopping.is_set():
+                return
+            begins = harmful(act) and self._harm is None
+            if (number == 0 or begins) and not self._still_ours(begins):
                 return
             if isinstance(act, Job):
                 self._effects.signalled = clock.now()
-            if harmful(act) and self._harm is None:
+            if begins:
                 self._begin_harm(act, self._plan)
             try:
                 told = perform(self._cluster, act, self.tape.stopping, self.tape.emit)
@@ -318,6 +321,17 @@ class Session:
                 return
         if self._harm is not None:
             self._effects.prove_all(self._harm)
+
+    def _still_ours(self, begins: bool) -> bool:
+        """Lock and ledger are still there: a machine that slept may wake up after somebody has healed."""
+        assert self._lock is not None and self._ledger is not None, "prepared"
+        try:
+            self._lock.fence()
+            self._ledger.fence(begins=begins)
+        except (LockError, RecordError, ClusterError) as wrong:
+            self.stop("error", str(wrong))
+            return False
+        return True
 
     def _begin_harm(self, act: Act, plan: Plan) -> None:
         assert self._watcher is not None and self._guard is not None
@@ -427,7 +441,7 @@ class Session:
             self.tape.phase(Phase.DURING, "end")
         self._phase, self._phase_ends = "heal", clock.now() + self._settings.heal_within
         ends = self._harm + self._plan.facts.lasting + LONGEST if self._harm is not None else 0.0
-        self._healed = self._healer.heal(until=ends)
+        self._healed = self._healer.heal(until=ends, harmed=self._harm is not None)
         if self._healed and self._guard is not None:
             self._guard.harm = None  # not before: the fault is in force until it is undone
         if self._harm is not None:

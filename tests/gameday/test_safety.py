@@ -9,7 +9,7 @@ import pytest
 
 from faults.base import CORDONED, MANAGED, RUN, Undo
 from faults.undo import undo
-from gameday import lock as lock_
+from gameday import ledger as ledger_, lock as lock_
 from gameday.cluster import Cluster
 from gameday.errors import HealError, LockError, RecordError
 from gameday.kinds import CONFIGMAPS, LEASES, NODES, PODS, Kind
@@ -243,3 +243,81 @@ def test_nothing_is_held_when_one_of_two_leases_is_taken(cluster: Cluster) -> No
         Lock(cluster, "r2/zone_outage", LABELS, cluster_wide=True).acquire(on_lost=print)
     assert live_holder(cluster) is None
     other.release()
+
+
+# ── between the lock and the harm ───────────────────────────────────────────────────────────────
+
+
+def written(cluster: Cluster, tmp_path: Path, *undos: Undo) -> Ledger:
+    book = Ledger(cluster, tmp_path / "l.jsonl", "gd-x-ledger", LABELS)
+    book.write(undos or [Undo("uncordon", "c", "n1", uid="u", value="t1")])
+    return book
+
+
+def test_a_lock_that_was_given_back_with_its_ledger_unhealed_is_not_taken(cluster: Cluster, tmp_path: Path) -> None:
+    """Its run could not heal, gave its Lease back, and left its ledger: after our preflight."""
+    written(cluster, tmp_path)
+    lock = Lock(cluster, "r2/pod_kill", LABELS, cluster_wide=True)
+    with pytest.raises(LockError, match=r"gd-x-ledger in llm tells of faults .*gameday heal"):
+        lock.acquire(on_lost=print)
+    assert cluster.list(LEASES, "llm") == [] and live_holder(cluster) is None
+    heal(cluster, within=5, say=quiet)
+    lock.acquire(on_lost=print)
+    lock.release()
+
+
+def test_whoever_slept_while_somebody_healed_has_lost_lock_and_ledger(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_, "RENEW", 3600.0)  # asleep
+    sleeper = Lock(cluster, "r1/pod_kill", LABELS, cluster_wide=False)
+    sleeper.acquire(on_lost=print)
+    book = written(cluster, tmp_path)
+    sleeper.fence()
+    book.fence(begins=False)
+    expire(cluster)
+    heal(cluster, within=5, say=quiet)
+    with pytest.raises(LockError, match="it is gone"):
+        sleeper.fence()
+    for begins in (False, True):
+        with pytest.raises(RecordError, match="1 of 1 undos are not in the ledger"):
+            book.fence(begins=begins)
+    sleeper.release()
+
+
+def test_a_heal_takes_the_dead_lease_away_before_its_first_undo(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a run that wakes up in the middle of it would find lock and ledger in order, and begin."""
+    dead = Lock(cluster, "r1/pod_kill", LABELS, cluster_wide=False)
+    dead.acquire(on_lost=print)
+    written(cluster, tmp_path)
+    expire(cluster)
+    seen: list[int] = []
+    monkeypatch.setattr(ledger_, "undo", lambda *_, **__: seen.append(len(cluster.list(LEASES, "llm"))))
+    heal(cluster, within=5, say=quiet)
+    assert seen == [0]
+    dead.release()
+
+
+def test_half_a_ledger_is_no_ledger_to_begin_with(cluster: Cluster, tmp_path: Path) -> None:
+    one, two = (Undo("uncordon", "c", name, uid="u", value="t1") for name in ("n1", "n2"))
+    book = written(cluster, tmp_path, one, two)
+    cluster.patch(CONFIGMAPS, "gd-x-ledger", {"data": {"001": None}}, "llm")  # somebody heals, right now
+    with pytest.raises(RecordError, match="1 of 2 undos"):
+        book.fence(begins=True)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_rollbacks_of_a_method_that_never_began_are_struck_and_not_run(
+    begun: bool, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is killed before its first action: a team's rollback would change what it never changed."""
+    book = written(cluster, tmp_path, Undo("rollback", "rollbacks", "theirs", value="{}"))
+    if begun:
+        book.fence(begins=True)
+    ran: list[str] = []
+    monkeypatch.setattr(ledger_, "undo", lambda _, entry, **__: ran.append(entry.name))
+    assert [left.begun for left in leftovers(cluster)] == [begun]
+    assert heal(cluster, within=5, say=quiet) == 1
+    assert ran == (["theirs"] if begun else []) and leftovers(cluster) == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 
 from faults import PodKill, undo as undoing
-from faults.base import CORDONED, Plan, Undo
+from faults.base import CORDONED, Plan, Roll, Undo
 from gameday.cluster import Cluster
 from gameday.errors import ClusterError, ExperimentError, RecordError
 from gameday.heal import Healer
-from gameday.kinds import CONFIGMAPS, NODES
+from gameday.kinds import CONFIGMAPS, LEASES, NODES
 from gameday.ledger import Ledger
+from gameday.lock import NAME, Lock
 from gameday.model import FaultFacts, FaultMark, Note, Step
 from gameday.objectives import Objectives, Recovers, Success
 from gameday.run import Session, Spec, again
@@ -189,6 +191,52 @@ def test_an_error_after_the_first_stop_is_noted(tmp_path: Path) -> None:
     told = [(event.level, event.text) for event in made.tape.events if isinstance(event, Note)]
     assert [level for level, _ in told] == ["inconclusive", "error"]
     assert made.interrupted == 15
+
+
+@pytest.mark.parametrize("harmed", [False, True])
+def test_a_teams_rollbacks_run_only_where_its_method_began(
+    harmed: bool, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steady state is not reached, nothing is injected: a rollback would change what was never changed."""
+    made = session(tmp_path, cluster)
+    aimed(made, cluster, tmp_path)
+    assert made._plan is not None
+    entry = Undo("rollback", "rollbacks", "theirs", value="{}")
+    ledger = Ledger(cluster, tmp_path / "l.jsonl", "gd-t2-ledger", {"app.kubernetes.io/managed-by": "gameday"})
+    ledger.write([entry])
+    made._harm = 1.0 if harmed else None
+    made._healer = Healer(cluster, ledger, [entry], made.tape, within=3)
+    ran: list[str] = []
+    monkeypatch.setattr(undoing.Work, "_roll_back", lambda self: ran.append(self.entry.name) or "done")
+    made.heal()
+    assert made._healed and ran == (["theirs"] if harmed else [])
+    assert not cluster.get(CONFIGMAPS, "gd-t2-ledger", "llm").get("data")
+
+
+@pytest.mark.parametrize("what", ["lease", "ledger"])
+def test_nothing_is_injected_once_lock_or_ledger_are_gone(what: str, cluster: Cluster, tmp_path: Path) -> None:
+    """A laptop sleeps in the steady window, and somebody runs `gameday heal` meanwhile."""
+    made = session(tmp_path, cluster)
+    made._lock = Lock(cluster, "r1/drill", {"app.kubernetes.io/managed-by": "gameday"}, cluster_wide=False)
+    made._lock.acquire(on_lost=print)
+    aimed(made, cluster, tmp_path)
+    made._harm = None
+    assert made._plan is not None
+    sent: list[str] = []
+    act = Roll("engine", "llm", "u", {})
+    made._plan = replace(made._plan, acts=(act,))
+    made._reach = SimpleNamespace(settle=lambda: None)  # type: ignore[assignment]
+    made._effects = SimpleNamespace(ready=lambda: True)  # type: ignore[assignment]
+    made._still_valid = made._may_begin = lambda _: True  # type: ignore[method-assign]
+    made._begin_harm = lambda *_: sent.append("harm")  # type: ignore[method-assign]
+    if what == "lease":
+        cluster.delete(LEASES, NAME, "llm")
+    else:
+        cluster.delete(CONFIGMAPS, "gd-t1-ledger", "llm")
+    made.inject()
+    made._lock.release()
+    assert sent == [] and made._harm is None
+    assert [event.level for event in made.tape.events if isinstance(event, Note)] == ["error"]
 
 
 # ── what may not begin ──────────────────────────────────────────────────────────────────────────
