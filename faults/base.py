@@ -117,7 +117,8 @@ class Detected:
 
 @dataclass(frozen=True, slots=True)
 class Mute:
-    """The pods take requests and do not answer them in time, while others do.
+    """The pods take requests and do not answer them in time, while others do; until the heal, or until the service
+    restarts or removes them, which is what is hoped for.
 
     `ask` "health": not even `health` is answered (GET). "generate": `health` is, a generation of one token is not.
     """
@@ -126,7 +127,6 @@ class Mute:
     ask: Literal["health", "generate"]
     health: str = "/health"
     generate: str = "/v1/completions"
-    lasting: bool = False  # False: whoever restarts the process ends it, which is what is hoped for
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,12 @@ GONE_WITHIN = 10.0  # seconds after the undo until the effect must be seen to be
 
 
 def lasting(plan: Plan) -> tuple[str, ...]:
-    """The acts whose effect lasts until the heal, by name."""
-    proofs = ((act.what, getattr(act, "proof", None)) for act in plan.acts)
-    return tuple(what for what, proof in proofs if isinstance(proof, Cut | Dead) and proof.lasting)
+    """The acts whose effect lasts until the heal, or until the service itself ends it, by name."""
+    return tuple(act.what for act in plan.acts if _lasts(getattr(act, "proof", None)))
+
+
+def _lasts(proof: object) -> bool:
+    return isinstance(proof, Mute) or (isinstance(proof, Cut | Dead) and proof.lasting)
 
 
 class Effects:
@@ -27,7 +30,7 @@ class Effects:
         self._plan, self._reach, self._watcher, self._tape = plan, reach, watcher, tape
         self._gone: frozenset[str] = frozenset()
         self._reported: set[str] = set()  # nodes whose Xid a detector has reported
-        self._biting: set[str] = set()  # acts whose effect was proven
+        self._biting: dict[str, clock.Instant] = {}  # acts whose effect was proven → since when
         self._lost: dict[str, int] = {}  # act → looks in a row without its effect
         self.signalled = 0.0  # when the signal Job ran: detections count from then on
 
@@ -52,6 +55,20 @@ class Effects:
         assert isinstance(proof, Cut | Dead | Mute), "the others are looked for elsewhere"
         return self._reach.look(proof, self._gone)
 
+    def _still(self, act: Act) -> Seen:
+        """What can be seen of an effect that was proven: a mute pod that the service restarted or removed was noticed,
+        which is what is hoped for; one that merely answers again was let go by something else."""
+        proof = getattr(act, "proof", None)
+        if isinstance(proof, Mute):
+            ends = ("restarted", "terminating", "gone")
+            since = self._biting.get(act.what, clock.now())
+            marks = (mark for mark in list(self._tape.events) if isinstance(mark, PodMark) and mark.t >= since)
+            ended = {mark.pod: mark.stage for mark in marks if mark.pod in proof.pods and mark.stage in ends}
+            if set(proof.pods) <= set(ended):
+                told = ", ".join(f"{pod} {stage}" for pod, stage in sorted(ended.items()))
+                return Seen(True, True, clock.now(), clock.now(), f"noticed by the service: {told}")
+        return self.look(act)
+
     def prove(self, act: Act, since: clock.Instant) -> bool:
         """Wait for the independent proof that the act, done at `since`, bites; stop where none comes."""
         proof, within = getattr(act, "proof", None), getattr(act, "within", 10.0)
@@ -68,7 +85,7 @@ class Effects:
             self._tape.stop("inconclusive", f"{act.what} was injected, but its effect was not seen: {seen.detail}")
             return False
         since = max(seen.before, since)
-        self._biting.add(act.what)
+        self._biting[act.what] = since
         self._tape.mark(Step.EFFECT, True, act.what, seen.detail, t=max(seen.since, since), since=since)
         return True
 
@@ -79,8 +96,8 @@ class Effects:
             self._tape.stop("inconclusive", why)
         for act in self._plan.acts:
             proof = getattr(act, "proof", None)
-            if isinstance(proof, Cut | Dead) and proof.lasting:
-                seen = self.look(act)
+            if _lasts(proof):
+                seen = self._still(act)
                 self._lost[act.what] = 0 if seen.holds else self._lost.get(act.what, 0) + 1
                 if self._lost[act.what] > LOST:
                     self._tape.mark(Step.EFFECT, False, act.what, seen.detail)
@@ -94,10 +111,10 @@ class Effects:
         for act in self._plan.acts:
             if act.what not in self._biting or act.what not in lasting(self._plan):
                 continue
-            until, seen = clock.now() + EVERY * LOST, self.look(act)
+            until, seen = clock.now() + EVERY * LOST, self._still(act)
             while not seen.holds and clock.now() < until:
                 clock.pause(EVERY / 2)
-                seen = self.look(act)
+                seen = self._still(act)
             silent = self._reach.silent(EVERY * LOST * 3)
             self._tape.mark(Step.EFFECT, seen.holds and not silent, act.what, seen.detail)
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from planted import HARM, Plant
 
-from faults.base import Cut, Dead, Plan
+from faults.base import Cut, Dead, Mute, Plan
+from gameday import clock
 from gameday.effects import Effects, lasting
 from gameday.judge import judge
 from gameday.model import Event, FaultFacts, FaultMark, Note, PodMark, Step, Timeline
 from gameday.objectives import Objectives, Success
 from gameday.tape import Tape
-from probes.reach import Seen
+from probes.reach import LOST, Seen
 
 FACTS = FaultFacts("zone partition", "zone a is cut off", one_shot=False, lasting=60, pods=("llm/p",), zone="a")
 
@@ -76,6 +77,37 @@ def test_one_odd_look_is_not_the_end_of_it() -> None:
 def test_an_effect_that_is_gone_before_the_heal_is_recorded() -> None:
     assert seen_last(False) == [(False, "cut")]
     assert seen_last(True, silent=True) == [(False, "cut")]  # the prober's last word is old
+
+
+def mute(stage: str | None, *holds: bool, early: bool = False) -> list[tuple[bool, str]]:
+    """What is recorded of a pod that was proven mute, answers (`holds` False) or not, and got a mark of this stage."""
+    tape, looks = Tape(lambda _: None), [True, *holds]
+    proven = clock.now()
+    shown: Any = lambda *_: Seen(looks.pop(0) if len(looks) > 1 else looks[0], True, proven, proven, "")  # noqa: E731
+    act: Any = SimpleNamespace(what="pod-hang", proof=Mute(("llm/p",), "health"))
+    plan = Plan(FACTS, (act,), ())
+    assert lasting(plan) == ("pod-hang",)
+    nobody: Any = SimpleNamespace()
+    effects = Effects(plan, SimpleNamespace(look=shown, silent=lambda _: ()), nobody, tape)  # type: ignore[arg-type]
+    assert effects.prove(act, 0.0)
+    if stage:
+        tape.emit(PodMark(proven - 1 if early else clock.now(), "llm/p", "uid-p", stage))  # type: ignore[arg-type]
+    for _ in range(LOST + 2):
+        effects.watch()
+    effects.last_look()
+    return [(event.ok, event.what) for event in tape.events if isinstance(event, FaultMark)][1:]
+
+
+def test_a_mute_pod_that_answers_again_by_itself_was_let_go_too_early() -> None:
+    assert (False, "pod-hang") in mute(None, False)  # the Job's pod was evicted, and its trap let the process go on
+    assert (False, "pod-hang") in mute("unready", False)
+    assert (False, "pod-hang") in mute("restarted", False, early=True)  # before the fault
+
+
+def test_a_mute_pod_stays_mute_or_is_noticed() -> None:
+    assert mute(None, True) == [(True, "pod-hang")]
+    assert mute("restarted", False) == [(True, "pod-hang")]
+    assert mute("gone", False) == [(True, "pod-hang")]
 
 
 # ── stopped while the proof is awaited ──────────────────────────────────────────────────────────
