@@ -307,6 +307,33 @@ def test_a_namespace_that_takes_no_probers_is_a_missing_capability() -> None:
     assert told.value.name == "probers"
 
 
+def test_a_quota_that_leaves_no_room_for_probers_is_found_by_the_server_itself(chaotic: Cluster) -> None:
+    quotas = Kind("", "v1", "resourcequotas", "ResourceQuota")
+    metadata = {"name": "full", "namespace": "llm"}
+    flight = Preflight(chaotic, None, settings())
+    assert "passes" in flight._probers_admitted()
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": metadata, "spec": {"hard": {"pods": "0"}}}
+    chaotic.create(quotas, quota)
+    try:
+        clock.wait_until(lambda: refuses(flight), within=20, what="a quota in force")
+    finally:
+        chaotic.delete(quotas, "full", "llm")
+    asks = {"limits.cpu": "100", "limits.memory": "100Gi", "requests.cpu": "100", "requests.memory": "100Gi"}
+    chaotic.create(quotas, quota | {"spec": {"hard": asks}})
+    try:
+        assert "passes" in flight._probers_admitted(), "probers say all that such a quota asks for"
+    finally:
+        chaotic.delete(quotas, "full", "llm")
+
+
+def refuses(flight: Preflight) -> bool:
+    try:
+        flight._probers_admitted()
+    except MissingCapability as told:
+        return "exceeded quota" in str(told)
+    return False
+
+
 def test_a_signal_job_that_pod_security_would_refuse_is_found_by_its_pod() -> None:
     """Pod Security only warns of Jobs: without this, the fault would begin, and its signal never come."""
     template = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "signal", "image": "busybox"}]}}
