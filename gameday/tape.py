@@ -5,6 +5,7 @@ Every part of an experiment writes here and looks here whether it is to stop. Th
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable
@@ -51,7 +52,12 @@ class Tape:
         with self._guard:
             recorder, self._recorder = self._recorder, None
         if recorder is not None:
-            recorder.close()
+            try:
+                recorder.close()
+            except OSError as wrong:  # what was still to be flushed did not fit
+                self.broken = self.broken or str(wrong)
+                with contextlib.suppress(OSError):
+                    recorder.close()  # its other file
         self.voice.close()
 
     def emit(self, event: Event) -> None:

@@ -98,6 +98,17 @@ def test_a_full_disk_does_not_keep_us_from_healing(cluster: Cluster, tmp_path: P
         made.conclude()
 
 
+def test_a_record_that_cannot_be_flushed_is_broken_and_raises_nothing(tmp_path: Path) -> None:
+    class Full(FullDisk):
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    made = session(tmp_path)
+    made.tape._recorder = Full()  # type: ignore[assignment]
+    made.tape.close()
+    assert "No space left" in made.tape.broken
+
+
 def test_a_dead_console_does_not_keep_us_from_healing(cluster: Cluster, tmp_path: Path) -> None:
     def say(_: str) -> None:
         raise BrokenPipeError
