@@ -35,7 +35,7 @@ from gameday.judge import judge
 from gameday.kinds import DEPLOYMENTS, PODS
 from gameday.ledger import Ledger
 from gameday.lock import Lock
-from gameday.model import About, Judgement, Phase, PhaseMark, Step
+from gameday.model import About, FaultMark, Judgement, Phase, PhaseMark, Step
 from gameday.objectives import override
 from gameday.preflight import Preflight
 from gameday.spec import WARM_UP, Arena as Arena, Spec as Spec, labels_of
@@ -576,6 +576,12 @@ class Session:
     @property
     def allow_missing(self) -> tuple[str, ...]:
         return self._settings.allow_missing
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing was harmed, and nothing of ours is left, which somebody looked for if there was anything."""
+        looks = [one.ok for one in self.tape.events if isinstance(one, FaultMark) and one.step is Step.CLEAN]
+        return self._harm is None and (looks[-1] if looks else self._lock is None)
 
     @property
     def judgeable(self) -> bool:

@@ -321,8 +321,11 @@ def execute(session: Session, title: str, seed: int) -> None:
 
 
 def _reraise(crash: BaseException | None, session: Session) -> None:
-    """An error that is part of the record is judged with it; anything else is the caller's to show."""
-    if isinstance(crash, MissingCapability) and crash.name in session.allow_missing:
+    """An error that is part of the record is judged with it; anything else is the caller's to show.
+
+    What may be missing is only a skip where the experiment left the cluster as if it had never begun.
+    """
+    if isinstance(crash, MissingCapability) and crash.name in session.allow_missing and session.untouched:
         raise crash
     if crash is not None and not (session.judgeable and isinstance(crash, GamedayError)):
         raise crash

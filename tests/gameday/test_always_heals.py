@@ -14,7 +14,7 @@ import pytest
 
 from faults import PodKill
 from gameday import toolkit
-from gameday.errors import ClusterError, LoadError, RecordError
+from gameday.errors import ClusterError, LoadError, MissingCapability, RecordError
 from gameday.objectives import Objectives, Success
 from gameday.spec import Spec
 from gameday.toolkit import STEPS, execute
@@ -30,7 +30,8 @@ class Drill:
     def __init__(self, tmp_path: Path, at: str, happens: Callable[[], None]) -> None:
         self.dir, self.spec = tmp_path / "drill", SPEC
         self.interrupted: int | None = None
-        self.judgeable, self.allow_missing = True, ()
+        self.judgeable, self.untouched = True, True
+        self.allow_missing: tuple[str, ...] = ()
         self.ran: list[str] = []
         self.told: list[str] = []
         self.stopping = threading.Event()
@@ -120,3 +121,21 @@ def test_a_disk_that_is_full_at_the_end_is_one_sentence(tmp_path: Path, monkeypa
     monkeypatch.setattr(toolkit, "_write", full)
     execute(drill, "drill", 7)  # type: ignore[arg-type]
     assert "No space left" in drill.tape.broken, "which makes the verdict ERROR"
+
+
+def test_a_missing_capability_is_a_skip_only_where_nothing_is_left(tmp_path: Path) -> None:
+    """A prober whose image cannot be pulled, and that cannot be deleted either, ended in a skip and exit code 0."""
+
+    def happens() -> None:
+        raise MissingCapability("probers", "the image cannot be pulled")
+
+    for untouched in (True, False):
+        drill = Drill(tmp_path / str(untouched), "prepare", happens)
+        drill.allow_missing, drill.untouched = ("probers",), untouched
+        if untouched:
+            with pytest.raises(MissingCapability, match="cannot be pulled"):
+                execute(drill, "drill", 7)  # type: ignore[arg-type]
+        else:
+            execute(drill, "drill", 7)  # type: ignore[arg-type]
+        healed(drill, "prepare")
+        assert "the image cannot be pulled" in drill.told, "it is judged, as an error"

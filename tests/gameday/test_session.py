@@ -280,3 +280,17 @@ def test_a_selector_that_we_cannot_follow_is_refused(tmp_path: Path) -> None:
 def test_a_later_trial_is_repeated_by_as_many_trials() -> None:
     assert again("pytest experiments -k x --seed 7", 1) == "pytest experiments -k x --seed 7"
     assert again("pytest experiments -k x --seed 7", 3) == "pytest experiments -k x --seed 7 --trials 3"
+
+
+def test_untouched_is_only_what_was_looked_at_and_found_clean(cluster: Cluster, tmp_path: Path) -> None:
+    made = session(tmp_path, cluster)
+    assert made.untouched, "it never came to anything"
+    made._lock = object()  # type: ignore[assignment]
+    assert not made.untouched, "nobody looked"
+    made.tape.mark(Step.CLEAN, True)
+    assert made.untouched
+    made._harm = 1.0
+    assert not made.untouched
+    made._harm = None
+    made.tape.mark(Step.CLEAN, False, detail="Pod gd-prober")
+    assert not made.untouched
