@@ -19,11 +19,14 @@ from gameday.model import Step
 from gameday.tape import Tape
 
 PATIENCE = 4.0  # seconds for which the next undo waits for this one
-HURRIED = 1.0  # … after a stop, when nothing waits until pods run again either
+HURRIED = 1.0  # … after a stop, when nothing waits until pods are Ready again either
 
 
 class _Job:
-    """One undo and, where its plan says so, the wait until the pods run again: both bounded by `within`."""
+    """One undo and, where its plan says so, the wait until the pods run again: both bounded by `within`.
+
+    In a hurry nobody waits for Ready; but a pod with the pause image is not healed, whoever is in a hurry.
+    """
 
     def __init__(self, cluster: Cluster, entry: Undo, within: float, until: Instant) -> None:
         self.entry, self._cluster, self._within = entry, cluster, within
@@ -42,13 +45,13 @@ class _Job:
             self._told, self._undone_at = self.work.look(), clock.now()
             if self._told is None:
                 return None
-        if not self.entry.running or hurried:
+        if not self.entry.running:
             return self._told
         over = clock.now() - self._undone_at >= self._within
         try:
-            if not undoing.containers_run(self._cluster, self.entry.running) and not over:
-                return None  # whether they ever run is judged by objectives, not by the heal
             paused = undoing.still_paused(self._cluster, self.entry.running)
+            if not over and (paused or not (hurried or undoing.containers_run(self._cluster, self.entry.running))):
+                return None  # whether they ever run is judged by objectives, not by the heal
         except ClusterError:
             if over:
                 raise

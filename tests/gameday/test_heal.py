@@ -204,3 +204,45 @@ def test_a_kubelet_that_writes_between_our_look_and_our_patch_is_no_conflict(
     assert perform_cordon(cluster, uid) == "1 node(s) cordoned"
     assert perform_cordon(cluster, uid), "our own cordon, whose answer was lost, is none of somebody else"
     assert [node.cordoned_by for node in cluster.nodes()] == ["t1"]
+
+
+# ── a pod-failure that is still in force ──
+
+
+@pytest.fixture
+def paused(cluster: Cluster) -> Iterator[Undo]:
+    """A pod with Chaos Mesh's pause image, whose resource is already gone; and the undo that waits for the pod."""
+    spec = {"containers": [{"name": "c", "image": "gcr.io/google-containers/pause"}]}
+    metadata = {"name": "failed", "namespace": "llm", "labels": {"app": "engine"}}
+    cluster.create(PODS, {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+    yield Undo("delete", "pod-failure", "gone", kind="Pod", namespace="llm", running=("llm/failed",))
+    cluster.delete(PODS, "failed", "llm", grace=0)
+
+
+def test_a_stop_does_not_strike_a_pod_failure_that_is_still_in_force(
+    cluster: Cluster, tmp_path: Path, paused: Undo
+) -> None:
+    made, tape = healer(cluster, [paused], tmp_path, within=0.5)
+    tape.stop("fail", "success fell below the stop condition")
+    assert not made.heal()
+    assert steps(tape) == [("pod-failure", False)]
+    assert [entry for _, entry in leftovers(cluster)[0].entries] == [paused], "for `gameday heal`"
+
+
+def test_a_stop_lets_the_next_undo_wait_for_the_pause_image_but_not_for_ready(
+    cluster: Cluster, tmp_path: Path, paused: Undo
+) -> None:
+    """The partition goes after the pod-failure, in a hurry as well; that the pod is not Ready holds nobody up."""
+    made, tape = healer(cluster, [paused, *cordon(cluster, "n1")], tmp_path, within=30)
+    tape.stop("fail", "success fell below the stop condition")
+    seen: list[list[str]] = []
+
+    def recover() -> None:
+        seen.append(cordoned(cluster))
+        own = [{"op": "replace", "path": "/spec/containers/0/image", "value": "engine:v1"}]
+        cluster.patch(PODS, "failed", own, "llm", type="json")
+
+    threading.Timer(heal_.HURRIED + 1, recover).start()
+    begun = clock.now()
+    assert made.heal() and clock.now() - begun < 25, "it never becomes Ready here"
+    assert seen == [["n1"]] and steps(tape) == [("pod-failure", True), ("cordon", True)]
