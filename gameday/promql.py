@@ -67,9 +67,13 @@ def age_of_any(alternatives: tuple[str, ...]) -> str:
 
 
 def age_of_all(every: tuple[str, ...]) -> str:
-    """The query for the age, in seconds, of the oldest series of all selectors that exist."""
+    """The query for the age, in seconds, of the oldest series of all selectors; no data where one has no series.
+
+    A selector that finds nothing must not hide behind one that does: `misspelt or 0 * up` answers 0 all the same.
+    """
     if len(every) == 1:
         return age_of_any(every)
     # A label tells the selectors apart, for `or` keeps one series for each set of labels.
     each = (f'label_replace(time() - timestamp({one}), "selector", "{i}", "", "")' for i, one in enumerate(every))
-    return f"max({' or '.join(each)})"
+    ages = " or ".join(each)
+    return f"max({ages}) and count(count by (selector) ({ages})) == {len(every)}"

@@ -26,9 +26,10 @@ from gameday.windows import Window, window
 class Promql(Objective):
     """Every sample of a query within its limit, over the whole phase. Exactly one of the limits is given.
 
-    The series behind the query are watched for being stale, and must exist. They are found in the query; `series` names
-    them where that is not what is meant: plain selectors, of which one exists. `rate(errors[1m]) or vector(0)` is such
-    a query: a counter that was never raised cannot be told from one that is misspelt, `series=("requests",)` can.
+    The series behind the query are watched for being stale, and must all exist. They are found in the query; `series`
+    names them where that is not what is meant: plain selectors, of which one exists. `rate(errors[1m]) or vector(0)`
+    is such a query: a counter that was never raised cannot be told from one that is misspelt, `series=("requests",)`
+    can.
     """
 
     query: str

@@ -192,9 +192,16 @@ def test_the_age_of_all_series_of_a_query(tmp_path: Path) -> None:
     asked = Promql('sum(rate(good{job="x"}[1m])) / sum(rate(total[1m]))', at_least=0.9)
     age = asked.queries()[1][1]
     fresh, old = {'good{job="x",pod="a"}': "0+9x12"}, {'total{job="x",pod="a"}': "0+10x6"}
-    answers(tmp_path, VLLM.waiting(), fresh, 0, age)
+    both = fresh | {'total{job="x",pod="a"}': "0+10x12"}
+    answers(tmp_path, VLLM.waiting(), both, 0, age)
     answers(tmp_path, VLLM.waiting(), fresh | old, 60, age)
+    answers(tmp_path, VLLM.waiting(), fresh, None, age)
     answers(tmp_path, VLLM.waiting(), {"other": "0+10x6"}, None, age)
+
+
+def test_a_misspelt_series_does_not_hide_behind_a_fallback(tmp_path: Path) -> None:
+    asked = Promql("sum(rate(misspelt_errors_total[1m])) or 0 * sum(up)", at_most=0.01)
+    answers(tmp_path, VLLM.waiting(), {'up{pod="a"}': "1x12"}, None, asked.age)
 
 
 def test_an_alert_that_is_not_active_is_zero_and_not_missing(tmp_path: Path) -> None:
