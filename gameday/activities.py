@@ -266,6 +266,10 @@ class Running:
     def over(self) -> bool:
         return self._over.is_set()
 
+    @property
+    def acts(self) -> bool:
+        return self._one.action
+
     def wait(self, within: float, stop: threading.Event | None = None) -> bool:
         """Whether it ended; when `stop` is set, it gets no more than `GRACE`."""
         end = clock.now() + within
@@ -435,3 +439,8 @@ def enter(environment: Mapping[str, str]) -> None:
             set_default_kubeconfig(environment["KUBECONFIG"])
         _entered.clear()
         _entered.update(environment)
+
+
+def under_way() -> tuple[str, ...]:
+    """Actions of this process that nobody waits for any more and that have not ended: they may still do harm."""
+    return tuple(sorted(one.name for one in tuple(_begun) if one.acts))

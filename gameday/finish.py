@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from faults import undo as undoing
 from faults.base import Undo
+from gameday import activities
 from gameday.cluster import Cluster
 from gameday.errors import ClusterError, HealError, LockError
 from gameday.halt import clear
@@ -37,6 +38,7 @@ def clean(
             left.append(stop)
     except (ClusterError, LockError) as wrong:
         left.append(str(wrong))
+    left += [f"the action {name!r}, which still runs" for name in activities.under_way()]
     try:
         lock.release()
     except ClusterError as wrong:

@@ -20,13 +20,13 @@ import yaml
 from faults.act import NotInjected, manifests, perform
 from faults.base import EXPIRES, MANAGED, RUN, Act, Job, Plan, Undo, View, harmful, name_for
 from faults.chaostoolkit import ChaosToolkit
-from gameday import clock, finish, leave, radius, record
+from gameday import activities, clock, finish, leave, radius, record
 from gameday.activities import OutOfTolerance
 from gameday.censor import censored
 from gameday.clock import Epoch, Instant
 from gameday.cluster import Obj
 from gameday.effects import Effects, lasting
-from gameday.errors import ClusterError, GamedayError, LockError, RecordError, TargetError
+from gameday.errors import ClusterError, ExperimentError, GamedayError, LockError, RecordError, TargetError
 from gameday.flow import DRAIN, RECENT, Flow
 from gameday.guard import Guard
 from gameday.halt import Ear
@@ -120,6 +120,9 @@ class Session:
     def prepare(self) -> None:
         """Preflight, plan, lock, ledger, probers, load: nothing is harmed yet."""
         self.check_spec()
+        if acting := activities.under_way():
+            told = f"The action {acting[0]!r} of an earlier experiment still runs, and may do anything"
+            raise ExperimentError(f"{told}: begin a new process.")
         self.tape.open(self.dir)
         preflight = Preflight(self._cluster, self._arena.prometheus, self._settings)
         preflight.demand()

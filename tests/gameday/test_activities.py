@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,18 +16,21 @@ from typing import Any
 import pytest
 import yaml
 from kubernetes.config import kube_config
+from test_session import session
 
 import faults
 from faults import ChaosToolkit
 from faults.act import NotInjected, perform
 from faults.base import Call, Undo
 from faults.undo import undo
-from gameday import activities, clock
+from gameday import activities, clock, finish
 from gameday.activities import OutOfTolerance, Unreadable, parse, probe, read, run
 from gameday.censor import censored
 from gameday.errors import ClusterError, ExperimentError, HealError
 from gameday.login import Login
+from gameday.model import FaultMark, Step
 from gameday.own import load
+from gameday.tape import Tape
 
 HERE = "tests_activities_theirs"
 THEIRS = """
@@ -229,6 +233,32 @@ def test_a_stop_does_not_wait_for_an_action_or_a_pause() -> None:
     with pytest.raises(NotInjected, match="stopped before 'nothing'"):
         call(own(act("nothing", pauses={"before": 60})), stop=stop)
     assert clock.now() - begun < 10
+
+
+def test_an_action_that_still_runs_is_left_behind(tmp_path: Path) -> None:
+    """It was waited for no longer, and "nothing of ours is left" was said while it might do anything."""
+    (tmp_path / f"{HERE}.py").write_text("import threading\ngo = threading.Event()\ndef hangs(): go.wait(30)\n")
+    found = own(act("hangs"), act("hangs", "probe", name="asks"))
+    abandoned = [activities.Running(found, one, ENVIRONMENT) for one in found.method]
+    tape, nobody = Tape(lambda _: None), SimpleNamespace(holder="r1", release=lambda: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "strays", lambda *_: ())
+        patch.setattr(finish, "clear", lambda *_: "")
+        clean: Any = partial(finish.clean, None, tape, lock=nobody, ledger=None, probers=())
+        clean(healed=True, run="r1", within=1)
+        assert activities.under_way() == ("hangs",), "a probe only looks"
+        import_module(HERE).go.set()
+        assert all(one.wait(10) for one in abandoned)
+        clean(healed=True, run="r1", within=1)
+    first, last = [one for one in tape.events if isinstance(one, FaultMark)]
+    assert (first.step, first.ok, first.detail) == (Step.CLEAN, False, "the action 'hangs', which still runs")
+    assert last.ok
+
+
+def test_while_an_action_still_runs_no_other_experiment_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activities, "_begun", (SimpleNamespace(name="hangs", acts=True),))
+    with pytest.raises(ExperimentError, match="'hangs' of an earlier experiment still runs"):
+        session(tmp_path).prepare()
 
 
 def test_an_action_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
