@@ -31,9 +31,9 @@ PATIENCE = 0.4  # seconds until a connection counts as failed
 AGREE = 2  # rounds in a row that must agree before an effect is proven
 LOST = 5  # rounds in a row without the effect until it counts as lost
 ASK_PATIENCE = 1.0  # seconds until a request counts as not answered
-CONTROLS = 2  # pods beside the targets that are asked as well
+CONTROLS = 2  # pods beside the targets that are looked at as well, in every zone
 PORT = 7979  # where probers listen for each other
-MAX_TARGETS = 16  # per prober and side: enough to tell, few enough to be quiet
+MAX_TARGETS = 16  # per prober, unless more deaths must be seen: enough to tell, few enough to be quiet
 
 # Runs in the prober pod, on any Python ≥ 3.8 and nothing else; bounded by its own deadline.
 SCRIPT = r"""
@@ -174,7 +174,7 @@ class Reach:
         """
         known: list[Target] = []
         for name, zone in self._order(plan):
-            targets = (*self._targets(plan.facts.pods), *self._asks(plan), *known)
+            targets = (*self._targets(plan), *self._asks(plan), *known)
             pod = self._prober(name, zone, targets, plan)
             on_created(pod)
             self._cluster.create(PODS, pod)
@@ -192,7 +192,7 @@ class Reach:
 
     def manifests(self, plan: Plan) -> tuple[Obj, ...]:
         """The probers as `start` would create them, but for each other's addresses, which are not known yet."""
-        targets = self._targets(plan.facts.pods)
+        targets = self._targets(plan)
         return tuple(self._prober(name, zone, targets, plan) for name, zone in self._order(plan))
 
     def _order(self, plan: Plan) -> list[tuple[str, str]]:
@@ -218,13 +218,23 @@ class Reach:
                 if up and track.row[key] >= AGREE
             )
 
-    def _targets(self, aimed: tuple[str, ...]) -> tuple[Target, ...]:
+    def _targets(self, plan: Plan) -> tuple[Target, ...]:
+        """All pods whose death is to be seen, some others in every zone as controls, and more while there is room."""
+        proofs = [proof for act in plan.acts if isinstance(proof := getattr(act, "proof", None), Dead)]
+        dying = {key for proof in proofs for key in proof.pods}
+
         def order(pod: Pod) -> tuple[bool, bool, str]:
-            return pod.key not in aimed, pod not in self._view.engines, pod.name
+            return pod.key not in plan.facts.pods, pod not in self._view.engines, pod.name
 
         pods = sorted(self._view.pods, key=order)
         usable = [pod for pod in pods if pod.ready and pod.ip and pod.ports and not pod.host_network]
-        return tuple(Target(pod.key, pod.zone, pod.ip, pod.ports[0]) for pod in usable[:MAX_TARGETS])
+        chosen = [pod for pod in usable if pod.key in dying]
+        others = [pod for pod in usable if pod.key not in dying]
+        for zone in sorted({pod.zone for pod in others}):  # a target too many costs little, a side without any all
+            chosen += [pod for pod in others if pod.zone == zone][:CONTROLS]
+        more = [pod for pod in others if pod not in chosen]
+        chosen += more[: max(0, MAX_TARGETS - len(chosen))]
+        return tuple(Target(pod.key, pod.zone, pod.ip, pod.ports[0]) for pod in chosen)
 
     def _asks(self, plan: Plan) -> tuple[Target, ...]:
         """What is asked of the pods that will be mute, and of a few others that will not."""
