@@ -230,10 +230,10 @@ class _Drain:
         namespace, name = key.split("/")
         self._next[key, uid] = clock.now() + self._act.every
         try:
-            self._cluster.evict(name, namespace)
+            self._cluster.evict(name, namespace, uid=uid)
         except Refused as refused:
-            if refused.code == 404 or refused.code >= 500:
-                return  # gone, or asked again
+            if refused.code in (404, 409) or refused.code >= 500:
+                return  # gone, another one of its name (which the next look sees), or asked again
             if refused.code != 429:
                 raise NotInjected(f"the eviction of {key} was refused for good: {refused}") from refused
             self.refused[key] = self.refused.get(key, 0) + 1

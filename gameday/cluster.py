@@ -332,10 +332,11 @@ class Cluster:
             raise
         return True
 
-    def evict(self, pod: str, namespace: str) -> None:
-        """Ask for its eviction; `Refused` with code 429 while a PodDisruptionBudget forbids it."""
+    def evict(self, pod: str, namespace: str, *, uid: str) -> None:
+        """Ask for its eviction; `Refused` with 429 while a PodDisruptionBudget forbids it, 409 for another `uid`."""
         metadata = {"name": pod, "namespace": namespace}
-        eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata}
+        eviction: Obj = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata}
+        eviction["deleteOptions"] = {"preconditions": {"uid": uid}}
         self.call("POST", PODS.path(namespace, pod, "eviction"), body=eviction)
 
     def can(self, verb: str, kind: Kind, namespace: str | None = None, sub: str = "", name: str = "") -> bool:

@@ -395,7 +395,7 @@ class Core:
     ) -> tuple[Stored, bool]:
         """Delete or begin to; returns the last state and whether the object is gone."""
         old = self.get(res, namespace, name)
-        self._check_preconditions(res, old, options.get("preconditions") or {})
+        self.check_preconditions(res, old, options.get("preconditions") or {})
         strategy.admit_delete(res, old.obj)
         obj = old.copy()
         meta = obj["metadata"]
@@ -434,7 +434,7 @@ class Core:
         return self.store.put(res.key, obj)
 
     @staticmethod
-    def _check_preconditions(res: Resource, old: Stored, wanted: Obj) -> None:
+    def check_preconditions(res: Resource, old: Stored, wanted: Obj) -> None:
         meta = old.obj["metadata"]
         for key, what, fate in (
             ("uid", "UID", "deleted and then recreated"),

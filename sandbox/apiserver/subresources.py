@@ -65,6 +65,7 @@ def evict(core: Core, pods: Resource, namespace: str, name: str, body: Obj, writ
     options: Obj = dict(body.get("deleteOptions") or {})
     if options.get("dryRun"):
         write = replace(write, dry_run=True)
+    core.check_preconditions(pods, pod, options.get("preconditions") or {})  # before the budget and the pod are marked
     if not _ignores_budget(pod.obj):
         budget = _budget(core, pod.obj)
         if budget is not None and not _unready_may_go(pod.obj, budget.obj):

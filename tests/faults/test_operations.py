@@ -30,7 +30,9 @@ class Budgeted(Cluster):
             raise Refused(404, "NotFound", f"pods {name!r} not found")
         return {"metadata": {"name": name, "uid": self.there[name]}}
 
-    def evict(self, pod: str, namespace: str) -> None:
+    def evict(self, pod: str, namespace: str, *, uid: str) -> None:
+        if self.there[pod] != uid:
+            raise Refused(409, "Conflict", "the UID in the precondition does not match")
         if self.refusals[pod] > 0:
             self.refusals[pod] -= 1
             raise Refused(
@@ -65,6 +67,20 @@ def test_a_pod_of_the_same_name_but_another_uid_is_left_alone() -> None:
     assert cluster.refusals == {"a": 10_000}, "nobody asked"
 
 
+def test_a_pod_that_is_replaced_between_our_look_and_the_eviction_is_not_evicted() -> None:
+    """A StatefulSet gives the next pod the same name: it has done nothing to deserve it."""
+
+    class Reborn(Budgeted):
+        def get(self, kind: Kind, name: str, namespace: str | None = None) -> Obj:
+            found = super().get(kind, name, namespace)
+            self.there[name] = "another"
+            return found
+
+    cluster = Reborn({"a": 0})
+    assert perform(cluster, evict(("a",)), threading.Event()).startswith("0 of 1 evictions accepted, 0 refused")
+    assert cluster.there == {"a": "another"}
+
+
 def test_an_eviction_that_is_forbidden_for_good_injects_nothing() -> None:
     with pytest.raises(NotInjected, match="refused for good"):
         perform(Budgeted({"a": 1}, code=403), evict(("a",)), threading.Event())
@@ -72,7 +88,7 @@ def test_an_eviction_that_is_forbidden_for_good_injects_nothing() -> None:
 
 def test_an_api_server_that_answers_no_eviction_injects_nothing() -> None:
     class Deaf(Budgeted):
-        def evict(self, pod: str, namespace: str) -> None:
+        def evict(self, pod: str, namespace: str, *, uid: str) -> None:
             raise Unreachable("no answer")
 
     with pytest.raises(NotInjected, match="no eviction was answered"):

@@ -296,6 +296,11 @@ def test_a_budget_refuses_an_eviction(tmp_path: Path) -> None:
         await one.api.patch(PDBS, "web", {"status": counted}, "default", sub="status")
 
         eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": "a"}}
+        other = {**eviction, "deleteOptions": {"preconditions": {"uid": "of-the-one-before"}}}
+        assert (await refused(one.api.post(PODS, "a", "eviction", other, "default"))).code == 409
+        left = await one.api.get(PODS, "a", "default")
+        assert "deletionTimestamp" not in left["metadata"]
+        assert left["status"]["conditions"] == ready["conditions"], "not even marked"
         await one.api.post(PODS, "a", "eviction", eviction, "default")
         evicted = await one.api.get(PODS, "a", "default")
         assert evicted["metadata"]["deletionTimestamp"]

@@ -21,7 +21,7 @@ from gameday.cluster import Cluster
 from gameday.errors import HealError
 from sandbox.chaos import controller
 from sandbox.client import NETWORKCHAOS, PODS, ApiError, Obj
-from sandbox.controlplane import CONTEXT, write_kubeconfig
+from sandbox.kubeconfig import CONTEXT, write_kubeconfig
 
 ADDRESSES = {"a": "10.9.0.2", "b": "10.9.0.3"}
 CUT = Undo("delete", "partition", "cut", kind="NetworkChaos", namespace=NS)
@@ -30,7 +30,7 @@ OWNER = {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "u
 Test = Callable[[World, Cluster], Awaitable[None]]
 
 
-def with_a_cut(test: Test, *, owned: bool = True, daemon_dies: bool = True) -> None:
+def with_a_cut(test: Test, *, owned: bool = True, daemon_dies: bool = True, controller_dies: bool = False) -> None:
     """Pods a and b cut from each other; then, unless told otherwise, the daemon of their node is gone."""
 
     async def main() -> None:
@@ -47,6 +47,8 @@ def with_a_cut(test: Test, *, owned: bool = True, daemon_dies: bool = True) -> N
                         await _cut(world, made, owned)
                         if daemon_dies:
                             await daemons.aclose()
+                        if controller_dies:
+                            chaos.cancel()
                         path = directory / "kubeconfig"
                         write_kubeconfig(path, one.url, one.tls.ca, ADMIN)
                         await test(world, Cluster.connect(context=CONTEXT, kubeconfig=path, namespace=NS))
@@ -103,6 +105,17 @@ def test_a_pod_that_nothing_would_replace_is_not_deleted_but_named() -> None:
         assert stuck["metadata"]["finalizers"], "not hidden either: the resource stays until somebody looks"
 
     with_a_cut(test, owned=False)
+
+
+def test_while_the_controller_is_down_nothing_is_replaced_nor_released() -> None:
+    async def test(one: World, cluster: Cluster) -> None:
+        with pytest.raises(HealError, match=r"controller gives no word.*delete pod a; .*patch networkchaos cut"):
+            await asyncio.to_thread(undo, cluster, CUT, within=3)
+        assert await names(one) == ["a", "b"]
+        stuck: Obj = await one.api.get(NETWORKCHAOS, "cut", NS)
+        assert stuck["metadata"]["finalizers"]
+
+    with_a_cut(test, daemon_dies=False, controller_dies=True)
 
 
 def test_a_recovery_that_comes_by_itself_is_waited_for() -> None:
