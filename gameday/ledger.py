@@ -128,8 +128,11 @@ def _left(obj: dict[str, Any]) -> Left:
 
 
 def strays(cluster: Cluster, run: str | None = None) -> tuple[Undo, ...]:
-    """Objects with our label that no ledger speaks of any more, as undos."""
-    selector = f"{OURS},{RUN}={run}" if run else OURS
+    """Objects that a run made and that no ledger speaks of any more, as undos.
+
+    Every object of a run names the run; the first label alone may be on others, such as the pod in which gameday runs.
+    """
+    selector = f"{OURS},{RUN}={run}" if run else f"{OURS},{RUN}"
     found = []
     for kind in ("PodChaos", "NetworkChaos", "StressChaos", "Job", "Pod"):
         group = BY_KIND[kind].group

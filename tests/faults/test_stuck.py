@@ -21,7 +21,7 @@ class Carriers(Cluster):
     """Pods of a partition; one that was asked to end is terminating until it is buried."""
 
     def __init__(self, *names: str) -> None:
-        self.pods = {name: f"uid-{name}" for name in names}
+        self.there = {name: f"uid-{name}" for name in names}
         self.ending: list[str] = []
         self.patches: list[Any] = []
         self.unready: set[str] = set()
@@ -29,9 +29,9 @@ class Carriers(Cluster):
 
     def find(self, kind: Kind, name: str, namespace: str | None = None) -> Obj | None:
         assert kind is PODS and namespace == "llm"
-        if name not in self.pods:
+        if name not in self.there:
             return None
-        metadata: Obj = {"name": name, "namespace": "llm", "uid": self.pods[name], "creationTimestamp": "2026-01-01"}
+        metadata: Obj = {"name": name, "namespace": "llm", "uid": self.there[name], "creationTimestamp": "2026-01-01"}
         metadata["ownerReferences"] = [{"controller": True}]
         if name in self.ending:
             metadata["deletionTimestamp"] = "now"
@@ -39,7 +39,7 @@ class Carriers(Cluster):
         return {"metadata": metadata, "status": {"conditions": [{"type": "Ready", "status": ready}]}}
 
     def evict(self, pod: str, namespace: str, *, uid: str) -> None:
-        if self.reborn or self.pods[pod] != uid:
+        if self.reborn or self.there[pod] != uid:
             raise Refused(409, "Conflict", "the UID in the precondition does not match")
         self.ending.append(pod)
 
@@ -53,7 +53,7 @@ class Carriers(Cluster):
 
     def bury(self) -> None:
         for name in self.ending:
-            del self.pods[name]
+            del self.there[name]
         self.ending.clear()
 
 
@@ -77,7 +77,7 @@ def test_pods_that_cannot_be_recovered_are_replaced_one_at_a_time() -> None:
         replaced += cluster.ending
         cluster.bury()
     watch.look(cluster, NETWORKCHAOS, stuck)
-    assert replaced == ["a", "b"] and sorted(cluster.pods) == ["c"], "what was recovered is left alone"
+    assert replaced == ["a", "b"] and sorted(cluster.there) == ["c"], "what was recovered is left alone"
     assert cluster.patches == [{"finalizers": ["theirs.org/held"], "resourceVersion": "7"}], "theirs stays"
     assert "released, pods replaced: llm/a, llm/b" in watch.told
 
@@ -88,7 +88,7 @@ def test_pods_that_are_still_being_recovered_are_waited_for_and_not_replaced() -
     watch.look(cluster, NETWORKCHAOS, cut(a=("Injected", FAILED), b=("Injected", APPLIED)))
     cluster.bury()
     watch.look(cluster, NETWORKCHAOS, cut(a=("Injected", FAILED), b=("Injected", APPLIED)))
-    assert sorted(cluster.pods) == ["b"] and cluster.ending == [] and cluster.patches == []
+    assert sorted(cluster.there) == ["b"] and cluster.ending == [] and cluster.patches == []
     assert "llm/b still carries it" in watch.why
     watch.look(cluster, NETWORKCHAOS, cut(a=("Injected", FAILED), b=("Not Injected", APPLIED)))
     assert len(cluster.patches) == 1
@@ -100,7 +100,7 @@ def test_a_controller_that_is_down_costs_no_pod_and_no_finalizer() -> None:
     cluster, watch = Carriers(*names), Watch(within=0)
     with pytest.raises(HealError) as told:
         watch.look(cluster, NETWORKCHAOS, cut(**dict.fromkeys(names, ("Injected", APPLIED))))
-    assert cluster.ending == [] and cluster.patches == [] and len(cluster.pods) == 6
+    assert cluster.ending == [] and cluster.patches == [] and len(cluster.there) == 6
     text = str(told.value)
     assert "chaos-controller-manager" in text and "kubectl -n llm delete pod a; " in text
     patch = json.loads(text.partition("-p '")[2].removesuffix("'"))

@@ -190,6 +190,16 @@ def test_strays_without_a_ledger_are_found_and_healed(cluster: Cluster) -> None:
     assert cluster.find(PODS, "stray", "llm") is None
 
 
+def test_what_is_labelled_like_ours_but_of_no_run_is_no_stray(cluster: Cluster) -> None:
+    """The CronJob of deploy/ puts that label on the very pod in which `gameday heal` runs."""
+    runner = bare_pod("runner")
+    runner["metadata"]["labels"] = {MANAGED: "gameday"}  # type: ignore[index]
+    cluster.create(PODS, runner)
+    assert heal(cluster, within=5, say=quiet) == 0
+    assert cluster.find(PODS, "runner", "llm") is not None
+    cluster.delete(PODS, "runner", "llm", grace=0)
+
+
 # ── lock ────────────────────────────────────────────────────────────────────────────────────────
 
 
