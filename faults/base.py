@@ -131,7 +131,7 @@ class Mute:
 
 @dataclass(frozen=True, slots=True)
 class Cordoned:
-    """The watch sees the nodes unschedulable."""
+    """The watch sees the nodes unschedulable, and at least one pod end whose eviction was accepted."""
 
     nodes: tuple[str, ...]
     lasting: bool = False
@@ -246,7 +246,7 @@ class Job:
 class Evict:
     """Ask for the eviction of each pod, as long as a disruption budget refuses it; then wait until all are gone.
 
-    Being refused until the end is an answer, not an error: the objectives judge it.
+    Being refused until the end is an answer, not an error: the objectives judge it. Of all of them, it is no effect.
     """
 
     pods: tuple[tuple[str, str], ...]  # ("ns/pod", uid)

@@ -109,6 +109,8 @@ class NodeDrain:
         names = tuple(node.name for node in nodes)
         what = f"The drain of {', '.join(names)}"
         hit = [pod for node in nodes for pod in pods_on(view, node) if not pod.owner.startswith("DaemonSet/")]
+        if not hit:
+            raise TargetError(f"{what} would move nobody: only DaemonSets' pods run there, which stay.")
         if bare := [pod.name for pod in hit if not pod.owner]:
             raise TargetError(f"{what}: {', '.join(bare)} belong to no controller, so nothing would bring them back.")
         check_radius(view, tuple(hit), what=what)

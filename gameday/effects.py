@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from faults.base import Act, Cordoned, Cut, Dead, Detected, Job, Mute, Newborn, Plan
+from faults.base import Act, Cordoned, Cut, Dead, Detected, Evict, Job, Mute, Newborn, Plan
 from gameday import clock
 from gameday.cluster import Cluster
 from gameday.ledger import strays
-from gameday.model import NodeMark, PodMark, Step
+from gameday.model import EvictionMark, NodeMark, PodMark, Step
 from gameday.tape import Tape
 from probes.kube import Watcher
 from probes.reach import EVERY, LOST, Reach, Seen
 
+SHOWN_WITHIN = 10.0  # seconds for the watches to show what an act that has ended did
 GONE_WITHIN = 10.0  # seconds after the undo until the effect must be seen to be gone
 
 
@@ -49,7 +50,8 @@ class Effects:
         """What can be seen of an act's effect now; `harm`: when the fault began."""
         proof = getattr(act, "proof", None)
         if isinstance(proof, Cordoned):
-            return self._watcher.cordoned(proof.nodes, harm)
+            assert isinstance(act, Evict), "a cordon alone harms nobody"
+            return self._watcher.drained(proof.nodes, self._evicted(act, harm), harm)
         if isinstance(proof, Newborn):
             return self._watcher.newborn(proof.owner, harm)
         assert isinstance(proof, Cut | Dead | Mute), "the others are looked for elsewhere"
@@ -69,9 +71,17 @@ class Effects:
                 return Seen(True, True, clock.now(), clock.now(), f"noticed by the service: {told}")
         return self.look(act)
 
+    def _evicted(self, act: Evict, since: clock.Instant) -> frozenset[str]:
+        """The pods, by uid, whose eviction was accepted since then."""
+        marks = [mark for mark in list(self._tape.events) if isinstance(mark, EvictionMark) and mark.t >= since]
+        accepted = {mark.pod for mark in marks if mark.answer == "accepted"}
+        return frozenset(uid for key, uid in act.pods if key in accepted)
+
     def prove(self, act: Act, since: clock.Instant) -> bool:
         """Wait for the independent proof that the act, done at `since`, bites; stop where none comes."""
-        proof, within = getattr(act, "proof", None), getattr(act, "within", 10.0)
+        proof, within = getattr(act, "proof", None), getattr(act, "within", SHOWN_WITHIN)
+        if isinstance(act, Evict):
+            within = SHOWN_WITHIN  # its own time is over: nobody is evicted any more
         if act.what == "pod-kill" and isinstance(proof, Dead):
             self._gone |= frozenset(proof.pods)
         until, seen = clock.now() + within, self.look(act, since)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +50,7 @@ class Watcher:
         self._lock = threading.Lock()
         self._zones: dict[str, str] = {}
         self._pods: dict[str, Pod] = {}  # by uid
-        self._ending: dict[str, tuple[float, str]] = {}  # uid → when it was seen to be deleted, and its node
+        self._ending: dict[str, float] = {}  # uid → when it was seen to be deleted
         self._born: dict[str, float] = {}  # uid → when the watch first saw it; pods that were there are not in it
         self._nodes: dict[str, Node] = {}  # by uid
         self._endpoints: dict[tuple[str, str], EndpointMark] = {}
@@ -142,14 +142,15 @@ class Watcher:
         with self._lock:
             return bool({pod.key for pod in self._pods.values()} & set(keys))
 
-    def cordoned(self, nodes: Iterable[str], since: float) -> Seen:
-        """Whether all these nodes are unschedulable, as the watch has it; `since`: a pod on them had to go."""
+    def drained(self, nodes: Iterable[str], evicted: Collection[str], since: float) -> Seen:
+        """Whether the nodes are cordoned and one of these pods (uids), whose eviction was accepted since, had to go."""
         with self._lock:
             open_ = sorted(set(nodes) - {node.name for node in self._nodes.values() if node.unschedulable})
-            going = sorted(at for at, node in self._ending.values() if at >= since and node in nodes)
+            going = sorted(at for uid, at in self._ending.items() if at >= since and uid in evicted)
         told = f"{', '.join(open_)} still schedulable" if open_ else "the watch sees the node(s) cordoned"
-        told += f", {len(going)} pod(s) on them ending" if going else ""
-        return Seen(not open_, not open_, going[0] if going else clock.now(), since, told)
+        told += f", {len(going)} evicted pod(s) ending" if evicted else ", but no eviction was accepted"
+        acts = bool(going) and not open_
+        return Seen(acts, acts, going[0] if going else clock.now(), since, told)
 
     def newborn(self, deployment: str, since: float) -> Seen:
         """Whether a pod of the Deployment has been born since then."""
@@ -191,6 +192,7 @@ class Watcher:
             return
         if event.type == "DELETED":
             self._pods.pop(pod.uid, None)
+            self._ending.setdefault(pod.uid, clock.now())  # without a grace period nothing else is seen
             self._mark(pod, "gone")
             return
         self._pods[pod.uid] = pod
@@ -208,7 +210,7 @@ class Watcher:
         if pod.restarts > old.restarts:
             self._mark(pod, "restarted", f"restart {pod.restarts}")
         if pod.terminating and not old.terminating:
-            self._ending[pod.uid] = (clock.now(), pod.node)
+            self._ending[pod.uid] = clock.now()
             self._mark(pod, "terminating")
         elif pod.ready != old.ready and not pod.terminating:
             self._mark(pod, "ready" if pod.ready else "unready", pod.waiting)

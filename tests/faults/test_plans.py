@@ -259,6 +259,12 @@ def test_a_drain_cordons_first_leaves_daemons_and_harms_only_by_evicting() -> No
     assert {entry.verb for entry in plan.undos} == {"uncordon"} and len(plan.undos) == 3
 
 
+def test_a_drain_refuses_to_move_nobody() -> None:
+    daemons = tuple(replace(one, owner="DaemonSet/engine") for one in view().pods)
+    with pytest.raises(TargetError, match="would move nobody"):
+        NodeDrain(lasting=30).plan(view(daemons))
+
+
 def test_a_drain_refuses_pods_that_nothing_brings_back() -> None:
     bare = tuple(replace(one, owner="") for one in view().pods)
     with pytest.raises(TargetError, match="belong to no controller"):

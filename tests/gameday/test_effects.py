@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from planted import HARM, Plant
 
-from faults.base import Cut, Dead, Mute, Plan
-from gameday import clock
+from faults.base import Cordoned, Cut, Dead, Evict, Mute, Plan
+from gameday import clock, effects as effects_
+from gameday.cluster import Cluster, Node
 from gameday.effects import Effects, lasting
 from gameday.judge import judge
-from gameday.model import Event, FaultFacts, FaultMark, Note, PodMark, Step, Timeline
+from gameday.model import Event, EvictionMark, FaultFacts, FaultMark, Note, PodMark, Step, Timeline
 from gameday.objectives import Objectives, Success
 from gameday.tape import Tape
+from probes.kube import Watcher
 from probes.reach import LOST, Seen
 
 FACTS = FaultFacts("zone partition", "zone a is cut off", one_shot=False, lasting=60, pods=("llm/p",), zone="a")
@@ -153,3 +155,29 @@ def test_a_proof_that_a_stop_cut_short_is_not_called_missing() -> None:
     assert not effects.prove(act, 0.0)
     assert [event.text for event in tape.events if isinstance(event, Note)] == ["only 4 replicas are ready"]
     assert not [event for event in tape.events if isinstance(event, FaultMark)]
+
+
+# ── a drain that moves nobody ───────────────────────────────────────────────────────────────────
+
+
+def test_a_drain_that_moved_nobody_is_not_proven_however_often_it_was_asked_for(monkeypatch: Any) -> None:
+    monkeypatch.setattr(effects_, "SHOWN_WITHIN", 0.2)
+    act = Evict((("llm/p", "uid-p"),), within=3600, proof=Cordoned(("n1",)))
+
+    def proven(*answers: Literal["accepted", "refused"], ends: str = "uid-p") -> tuple[bool, Tape]:
+        tape = Tape(lambda _: None)
+        watch = Watcher(Cluster.__new__(Cluster), {}, "", tape.emit)
+        watch._nodes["uid-n1"] = Node("n1", "uid-n1", "a", True, True, 0)
+        harm = clock.now()
+        for answer in answers:
+            tape.emit(EvictionMark(clock.now(), "llm/p", answer))
+        watch._ending[ends] = clock.now()
+        nobody: Any = SimpleNamespace()
+        return Effects(Plan(FACTS, (act,), ()), nobody, watch, tape).prove(act, harm), tape
+
+    assert proven("refused", "accepted")[0]
+    assert not proven("accepted", ends="uid-q")[0], "accepted, but nobody saw it go"
+    done, tape = proven("refused", "refused")
+    (mark,) = [event for event in tape.events if isinstance(event, FaultMark)]
+    assert not done and not mark.ok and mark.step is Step.EFFECT and "no eviction was accepted" in mark.detail
+    assert tape.stopped

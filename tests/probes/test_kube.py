@@ -35,20 +35,22 @@ def test_only_a_pod_of_that_deployment_born_since_then_proves_a_rollout() -> Non
     assert not watch.newborn("engine", clock.now() + 1).holds
 
 
-def test_a_cordon_counts_when_the_watch_has_seen_all_of_it() -> None:
+def test_a_drain_acts_when_the_watch_has_seen_all_of_its_cordons() -> None:
     watch = watcher()
     for name, cordoned in (("n1", True), ("n2", False)):
         metadata = {"name": name, "uid": name, "labels": {}}
         watch._on_node(
             Watched("ADDED", {"metadata": metadata, "spec": {"unschedulable": cordoned}, "status": {}}), True
         )
-    assert watch.cordoned(("n1",), 0.0).settled
-    seen = watch.cordoned(("n1", "n2"), 0.0)
+    watch._on_pod(Watched("ADDED", pod("old")), False)
+    watch._on_pod(Watched("DELETED", pod("old")), True)
+    assert watch.drained(("n1",), {"uid-old"}, 0.0).settled
+    seen = watch.drained(("n1", "n2"), {"uid-old"}, 0.0)
     assert not seen.holds and "n2 still schedulable" in seen.detail
-    assert not watch.cordoned(("unknown",), 0.0).holds
+    assert not watch.drained(("unknown",), {"uid-old"}, 0.0).holds
 
 
-def test_a_drain_acts_from_the_first_pod_on_its_nodes_that_has_to_go() -> None:
+def test_a_drain_acts_from_the_first_evicted_pod_that_has_to_go_and_moves_nobody_without_one() -> None:
     watch = watcher()
     metadata = {"name": "n1", "uid": "n1", "labels": {}}
     watch._on_node(Watched("ADDED", {"metadata": metadata, "spec": {"unschedulable": True}, "status": {}}), True)
@@ -63,9 +65,11 @@ def test_a_drain_acts_from_the_first_pod_on_its_nodes_that_has_to_go() -> None:
         ended["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
         watch._on_pod(Watched("MODIFIED", ended), True)
     after = clock.now()
-    seen = watch.cordoned(("n1",), harm)
-    assert seen.settled and harm <= seen.since <= after and "1 pod(s) on them ending" in seen.detail
-    assert watch.cordoned(("n1",), after + 1).since > after, "of earlier ends nothing follows"
+    seen = watch.drained(("n1",), {"uid-here"}, harm)
+    assert seen.settled and harm <= seen.since <= after and "1 evicted pod(s) ending" in seen.detail
+    assert not watch.drained(("n1",), {"uid-here"}, after + 1).holds, "of earlier ends nothing follows"
+    assert not watch.drained(("n1",), {"uid-stays"}, harm).holds, "that others end by themselves is not the drain"
+    assert "no eviction was accepted" in watch.drained(("n1",), set(), harm).detail
 
 
 def test_whether_a_pod_is_still_there() -> None:
