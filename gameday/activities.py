@@ -9,14 +9,12 @@ pauses are ours. What the file says of secrets must be where they are, never wha
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from chaoslib.experiment import ensure_experiment_is_valid
 from chaoslib.hypothesis import within_tolerance
 from chaoslib.secret import load_secrets
 
-from gameday import clock
+from gameday import clock, reaches
 from gameday.censor import censored, remember
 from gameday.errors import ExperimentError, GamedayError
 from gameday.login import set_default_kubeconfig
@@ -214,28 +212,15 @@ def check(own: Own, place: str, *, namespaces: Sequence[str] | None) -> None:
         ensure_experiment_is_valid(own.plain)
     except (ChaosException, TypeError, KeyError, AttributeError) as wrong:
         raise ExperimentError(f"{place} is not a valid experiment: {' '.join(str(wrong).split())}") from wrong
+    try:
+        known = load_configuration(own.plain.get("configuration") or {})
+    except ChaosException as wrong:
+        if namespaces is not None:
+            raise ExperimentError(f"{place}: {' '.join(str(wrong).split())}.") from wrong
+        known = {}  # it is only looked at, where it will not run
     for one in (*own.method, *own.rollbacks):
-        _check_reach(one, place, namespaces)
-
-
-def _check_reach(one: Activity, place: str, namespaces: Sequence[str] | None) -> None:
-    provider = one.plain.get("provider") or {}
-    given = provider.get("arguments") or {}
-    for key in ("ns", "namespace"):
-        where = given.get(key)
-        if namespaces is not None and isinstance(where, str) and "${" not in where and where not in namespaces:
-            raise ExperimentError(
-                f"{place}: {one.name!r} reaches namespace {where!r}, which is not in allow_namespaces "
-                f"({', '.join(namespaces)})."
-            )
-    module = str(provider.get("module", ""))
-    if not one.action or not module.startswith("chaosk8s."):
-        return
-    takes = inspect.signature(getattr(import_module(module), provider["func"])).parameters
-    if "ns" in takes and "ns" not in given:
-        raise ExperimentError(f"{place}: {one.name!r} names no ns, which would mean 'default': write it.")
-    if module.startswith("chaosk8s.pod") and not (given.get("label_selector") or given.get("name_pattern")):
-        raise ExperimentError(f"{place}: {one.name!r} selects no pods, which would mean all of them: select some.")
+        provider = substitute(dict(one.plain.get("provider") or {}), known, {})
+        reaches.check(f"{place}: {one.name!r}", one.action, provider, namespaces)
 
 
 # ── running ─────────────────────────────────────────────────────────────────────────────────────

@@ -170,6 +170,103 @@ def test_references_are_followed() -> None:
     assert [one.name for one in found.method] == ["nothing", "nothing"] and found.rollbacks[0].action
 
 
+# ── reach ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def reach(module: str, func: str, configuration: dict[str, Any] | None = None, /, **arguments: Any) -> None:
+    provider = {"type": "python", "module": f"chaosk8s.{module}.actions", "func": func, "arguments": arguments}
+    plain = experiment({"type": "action", "name": func, "provider": provider}, configuration=configuration or {})
+    activities.check(parse(plain, "x.chaos.yaml"), "x.chaos.yaml", namespaces=("llm", "data"))
+
+
+LATENCY = {"name": "slow", "ns": "llm", "latency": "1s", "label_selectors": "app=x"}
+
+
+@pytest.mark.parametrize(
+    ("module", "func", "arguments"),
+    [
+        ("pod", "terminate_pods", {"ns": "llm"}),
+        ("pod", "terminate_pods", {"ns": "llm", "label_selector": " "}),
+        ("node", "cordon_node", {}),
+        ("node", "uncordon_node", {"label_selector": ""}),
+        ("node", "delete_nodes", {"count": 1}),
+        ("node", "drain_nodes", {"pod_label_selector": "app=x"}),
+        ("statefulset", "remove_statefulset", {"ns": "llm"}),
+        ("deployment", "delete_deployment", {"ns": "llm"}),
+        ("daemonset", "delete_daemon_set", {"ns": "llm"}),
+        ("replicaset", "delete_replica_set", {"ns": "llm"}),
+        ("networking", "deny_all_ingress", {"ns": "llm", "label_selectors": {}}),
+        ("chaosmesh.network", "add_latency", {"name": "slow", "ns": "llm", "latency": "1s"}),
+        ("chaosmesh.stress", "stress_cpu", {"name": "busy", "ns": "llm", "workers": 1, "load": 9}),
+    ],
+)
+def test_an_empty_selector_of_whatever_action_is_an_error(module: str, func: str, arguments: dict[str, Any]) -> None:
+    """Only pod actions were looked at: `cordon_node {}` cordons every node."""
+    with pytest.raises(ExperimentError, match=f"{func}' selects no targets, which would mean all of them"):
+        reach(module, func, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("module", "func", "arguments"),
+    [
+        ("pod", "terminate_pods", {"ns": "kube-system", "label_selector": "app=x"}),
+        ("chaosmesh.network", "add_latency", {**LATENCY, "namespaces_selectors": "kube-system"}),
+        ("chaosmesh.network", "add_latency", {**LATENCY, "namespaces_selectors": ["llm", "kube-system"]}),
+        ("chaosmesh.network", "add_latency", {**LATENCY, "namespaces_selectors": "llm, kube-system"}),
+        ("chaosmesh.network", "add_latency", {**LATENCY, "target_namespaces_selectors": ["kube-system"]}),
+        ("node", "drain_nodes", {"pod_label_selector": "app=x", "pod_namespace": "kube-system"}),
+        ("namespace", "delete_namespace", {"name": "kube-system"}),
+        ("crd", "apply_from_yaml", {"resource": "kind: PodChaos\nmetadata: {namespace: kube-system}"}),
+        (
+            "crd",
+            "create_custom_object",
+            {
+                "group": "chaos-mesh.org",
+                "version": "v1alpha1",
+                "plural": "podchaos",
+                "ns": "llm",
+                "resource": {"spec": {"selector": {"namespaces": ["kube-system"]}}},
+            },
+        ),
+    ],
+)
+def test_a_namespace_is_held_to_the_allow_list_however_it_is_named(
+    module: str, func: str, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(ExperimentError, match="reaches namespace 'kube-system', which is not in allow_namespaces"):
+        reach(module, func, **arguments)
+
+
+def test_a_namespace_from_the_configuration_is_held_to_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = {"ns": "${where}", "label_selector": "app=x"}
+    reach("pod", "terminate_pods", {"where": "llm"}, **where)
+    monkeypatch.setenv("THEIR_NAMESPACE", "kube-system")
+    with pytest.raises(ExperimentError, match="reaches namespace 'kube-system'"):
+        reach("pod", "terminate_pods", {"where": {"type": "env", "key": "THEIR_NAMESPACE"}}, **where)
+    with pytest.raises(ExperimentError, match="which nobody knows before it runs"):
+        reach("pod", "terminate_pods", **where)
+    with pytest.raises(ExperimentError, match="NOT_THERE"):
+        reach("pod", "terminate_pods", {"where": {"type": "env", "key": "NOT_THERE"}}, **where)
+
+
+@pytest.mark.parametrize(
+    ("module", "func", "arguments"),
+    [
+        ("pod", "terminate_pods", {"ns": "llm", "name_pattern": "^x-"}),
+        ("node", "cordon_node", {"name": "node-1"}),
+        ("node", "drain_nodes", {"pod_label_selector": "app=x", "pod_namespace": "data"}),
+        ("deployment", "scale_deployment", {"name": "x", "replicas": 1, "ns": "llm"}),
+        ("deployment", "create_deployment", {"spec_path": "x.yaml", "ns": "data"}),
+        ("networking", "deny_all_egress", {"ns": "llm", "label_selectors": {"app": "x"}}),
+        ("networking", "remove_deny_all_egress", {"ns": "llm"}),
+        ("chaosmesh.network", "add_latency", {**LATENCY, "namespaces_selectors": "llm,data"}),
+        ("chaosmesh.network", "delete_network_fault", {"name": "slow", "ns": "llm"}),
+    ],
+)
+def test_what_says_where_it_reaches_may(module: str, func: str, arguments: dict[str, Any]) -> None:
+    reach(module, func, **arguments)
+
+
 # ── probes ──────────────────────────────────────────────────────────────────────────────────────
 
 
