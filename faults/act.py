@@ -175,7 +175,7 @@ def _job(cluster: Cluster, act: Job, stop: threading.Event) -> str:
         status = (_look(cluster, JOBS, name, namespace) or {}).get("status", {})
         if status.get("failed"):
             raise NotInjected(f"Job {name} failed: {_last_words(cluster, name, namespace)}")
-        return bool(status.get(act.until))
+        return bool(status.get(act.until)) and (act.until != "active" or _placed(cluster, name, namespace))
 
     try:
         clock.wait_until(done, within=act.within, every=0.1, what=f"Job {name} {act.until}", stop=stop)
@@ -184,12 +184,28 @@ def _job(cluster: Cluster, act: Job, stop: threading.Event) -> str:
     return f"Job {name} {'completed' if act.until == 'succeeded' else f'is {act.until}'}"
 
 
+def _placed(cluster: Cluster, job: str, namespace: str) -> bool:
+    """Whether a pod of the Job has a node: one that waits for it counts as active as well, and does nothing."""
+    try:
+        pods = cluster.list(PODS, namespace, labels=f"job-name={job}")
+    except Unreachable:
+        return False
+    except Refused as refused:
+        if refused.code == 429 or refused.code >= 500:
+            return False
+        raise
+    return any(pod.get("spec", {}).get("nodeName") for pod in pods)
+
+
 def _last_words(cluster: Cluster, job: str, namespace: str) -> str:
     """Why a Job's pod does not do what it should, as far as its status and its log tell."""
     advice = f"see kubectl -n {namespace} describe job {job}"
     try:
         for pod in cluster.list(PODS, namespace, labels=f"job-name={job}"):
             status = pod.get("status", {})
+            for one in status.get("conditions") or []:
+                if one.get("type") == "PodScheduled" and one.get("status") == "False":
+                    advice = f"{one.get('message') or 'it found no node'}; {advice}"
             for one in status.get("containerStatuses") or []:
                 for state in (one.get("state") or {}).values():
                     if why := state.get("message") or state.get("reason"):

@@ -229,7 +229,7 @@ class Allocatable:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Run a Job until it has succeeded, is ready, or has a pod at work; `proof` is looked for after that.
+    """Run a Job until it has succeeded, is ready, or has a pod that found its node; `proof` is looked for after that.
 
     `harms`: it is itself the fault, so that the clock of the recovery starts with it.
     """
@@ -355,6 +355,16 @@ def delete(kind: Kind, metadata: Mapping[str, Any], what: str, running: tuple[st
     )
 
 
+def pinned_to(node: str) -> Obj:
+    """The affinity of a pod that fits this node only.
+
+    By its name: the label kubernetes.io/hostname is what the machine calls itself, often another name (AWS: a node
+    `ip-10-0-0-1.ec2.internal`, its label `ip-10-0-0-1`).
+    """
+    term = {"matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]}
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
+
+
 def pinned_job(
     view: View,
     what: str,
@@ -387,7 +397,7 @@ def pinned_job(
     pod: Obj = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": 10,
-        "nodeSelector": {"kubernetes.io/hostname": node},
+        "affinity": pinned_to(node),
         "tolerations": [{"operator": "Exists"}],
         "containers": [container],
     }

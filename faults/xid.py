@@ -23,6 +23,7 @@ from faults.base import (
     check_radius,
     delete,
     duration,
+    pinned_to,
     selector_of,
 )
 from gameday.cluster import Node, Obj, Pod
@@ -159,7 +160,7 @@ class Xid:
                     "metadata": {"labels": dict(view.labels)},
                     "spec": {
                         "restartPolicy": "Never",
-                        "nodeSelector": {"kubernetes.io/hostname": node.name},
+                        "affinity": pinned_to(node.name),
                         "tolerations": [{"operator": "Exists"}],
                         "containers": [
                             {

@@ -441,8 +441,10 @@ def _elsewhere(avoid: tuple[str, ...]) -> Obj:
     """A wish, not a demand: where a zone has no other node, the prober takes that one."""
     if not avoid:
         return {}
-    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": sorted(avoid)}]}
-    wish = {"weight": 100, "preference": term}
+    fields = [
+        {"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in sorted(avoid)
+    ]  # one value each
+    wish = {"weight": 100, "preference": {"matchFields": fields}}
     return {"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [wish]}}}
 
 

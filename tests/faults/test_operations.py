@@ -185,8 +185,8 @@ def test_how_many_pods_a_strategy_takes_away_at_once(strategy: Obj, most: int) -
 
 
 class Jobs(Cluster):
-    def __init__(self, status: Obj, log: str = "") -> None:
-        self.status, self._log = status, log
+    def __init__(self, status: Obj, log: str = "", pod: Obj | None = None) -> None:
+        self.status, self._log, self.pod = status, log, pod or {}
 
     def create(self, kind: Kind, obj: Obj, *, dry_run: bool = False) -> Obj:
         return obj
@@ -196,7 +196,8 @@ class Jobs(Cluster):
         return {"status": self.status}
 
     def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> list[Obj]:
-        return [{"metadata": {"name": "job-pod"}, "status": {}}]
+        assert kind is PODS and labels == "job-name=j"
+        return [{"metadata": {"name": "job-pod"}, "status": {}} | self.pod]
 
     def log(self, pod: str, namespace: str, *, lines: int = 20) -> str:
         return self._log
@@ -210,6 +211,17 @@ def test_a_job_is_at_work_when_it_says_so() -> None:
     assert perform(Jobs({"active": 1, "ready": 1}), job("ready"), threading.Event()) == "Job j is ready"
     with pytest.raises(NotInjected, match="Job j ready"):
         perform(Jobs({"active": 1}), job("ready"), threading.Event())
+
+
+def test_a_job_whose_pod_found_no_node_is_not_at_work_and_says_why() -> None:
+    """A pod that waits for a node counts as active, and a node crash was called injected."""
+    message = "0/6 nodes are available: 6 node(s) didn't match Pod's node affinity/selector."
+    unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+    waiting = {"spec": {}, "status": {"phase": "Pending", "conditions": [unscheduled]}}
+    with pytest.raises(NotInjected, match="0/6 nodes are available"):
+        perform(Jobs({"active": 1}, pod=waiting), job("active"), threading.Event())
+    bound = {"spec": {"nodeName": "n1"}, "status": {"phase": "Pending"}}
+    assert perform(Jobs({"active": 1}, pod=bound), job("active"), threading.Event()) == "Job j is active"
 
 
 def test_a_job_that_fails_says_why() -> None:

@@ -29,8 +29,10 @@ from faults import (
 from faults.act import NotInjected, injected, manifests, selected_nothing
 from faults.base import Apply, Cordon, Cut, Dead, Detected, Evict, Fault, Job, Mute, Roll, View, harmful
 from faults.freeze import FREEZE, ITS_HOSTS
-from gameday.cluster import Node, Pod, Workload
+from gameday.cluster import Node, Obj, Pod, Workload
 from gameday.errors import ExperimentError, TargetError
+from probes import reach
+from sandbox.controllers.placement import node_matches, term_matches
 
 CRDS = Path(__file__).parents[2].parent / "shared" / "chaos-mesh-crds"
 FAULTS: tuple[Fault, ...] = (
@@ -99,6 +101,33 @@ def view(pods: tuple[Pod, ...] | None = None) -> View:
         ),
         model="m",
     )
+
+
+def placed(spec: Obj) -> list[str]:
+    """The nodes that a scheduler would take for a pod, where labels call every node by another name."""
+    names = [f"node-{zone}-1" for zone in "abc"]
+    nodes = [{"metadata": {"name": name, "labels": {"kubernetes.io/hostname": f"host-{name}"}}} for name in names]
+    return [node["metadata"]["name"] for node in nodes if node_matches(spec, node)]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{type(fault).__name__}")
+def test_what_is_pinned_to_a_node_finds_it_whatever_its_hostname_label_says(fault: Fault) -> None:
+    """On many clouds the label is not the node's name: a Job pinned by it waited for ever."""
+    plan = fault.plan(view())
+    for act in plan.acts:
+        if isinstance(act, Job):
+            assert placed(act.manifest["spec"]["template"]["spec"]) == list(plan.facts.nodes)
+
+
+def test_probers_avoid_nodes_that_may_vanish_by_their_names() -> None:
+    made = reach.prober("llm", "p", {}, "image", 60, avoid=("node-a-1", "node-c-1"))
+    (wish,) = made["spec"]["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    labels = {"kubernetes.io/hostname": "another"}
+    liked = [
+        n for n in "abc" if term_matches(wish["preference"], {"metadata": {"name": f"node-{n}-1", "labels": labels}})
+    ]
+    assert liked == ["b"]
+    assert all(len(one["values"]) == 1 for one in wish["preference"]["matchFields"]), "Kubernetes takes one only"
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{type(fault).__name__}")
@@ -196,7 +225,7 @@ def test_xid_79_signals_first_and_takes_the_gpus_out_of_allocatable() -> None:
     assert isinstance(signal, Job) and isinstance(signal.proof, Detected)
     node = plan.facts.nodes[0]
     spec = signal.manifest["spec"]["template"]["spec"]
-    assert spec["nodeSelector"] == {"kubernetes.io/hostname": node}
+    assert placed(spec) == [node]
     line = spec["containers"][0]["env"][0]["value"]
     assert (
         line == "kernel: NVRM: Xid (PCI:0000:05:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
@@ -224,7 +253,7 @@ def test_what_freezes_processes_is_pinned_ends_by_itself_and_lets_go() -> None:
     target = next(one for one in view().pods if one.key == plan.facts.pods[0])
     spec = act.manifest["spec"]
     pod_spec = spec["template"]["spec"]
-    assert pod_spec["nodeSelector"] == {"kubernetes.io/hostname": target.node} and pod_spec["hostPID"] is True
+    assert placed(pod_spec) == [target.node] and pod_spec["hostPID"] is True
     env = {one["name"]: one["value"] for one in pod_spec["containers"][0]["env"]}
     assert env["POD_UID"] == target.uid and "EngineCore" in env["PATTERN"]
     held = int(env["SECONDS_HELD"])
@@ -240,7 +269,7 @@ def test_a_node_crash_runs_once_on_its_node_and_hits_all_that_runs_there() -> No
     assert isinstance(act, Job) and act.harms
     spec = act.manifest["spec"]
     assert spec["backoffLimit"] == 0 and spec["template"]["spec"]["restartPolicy"] == "Never"
-    assert spec["template"]["spec"]["nodeSelector"] == {"kubernetes.io/hostname": plan.facts.nodes[0]}
+    assert placed(spec["template"]["spec"]) == [plan.facts.nodes[0]]
     on_node = {one.key for one in view().pods if one.node == plan.facts.nodes[0]}
     assert set(plan.facts.pods) == on_node and isinstance(act.proof, Dead) and set(act.proof.pods) == on_node
     assert plan.cluster_wide and plan.avoid == plan.facts.nodes
