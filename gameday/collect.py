@@ -38,6 +38,9 @@ class ChaosFile(pytest.File):
 class ChaosItem(pytest.Item):
     fixturenames = ("experiment",)  # how the plugin knows an experiment
 
+    def setup(self) -> None:
+        import_module("gameday.plugin").refuse_parallel(self.config)
+
     def runtest(self) -> None:
         options = import_module("gameday.plugin").options_of(self.config)
         import_module("gameday.experiment").run_own(self, options)

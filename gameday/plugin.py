@@ -107,11 +107,15 @@ def _set(config: pytest.Config, name: str) -> Any:
         return None
 
 
+def refuse_parallel(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist, which hides -n from its workers
+        pytest.fail(PARALLEL, pytrace=False)
+
+
 @pytest.fixture
 def experiment(request: pytest.FixtureRequest) -> Run:
     """Runs one experiment (call it exactly once)."""
-    if hasattr(request.config, "workerinput"):  # a worker of pytest-xdist, which hides -n from its workers
-        pytest.fail(PARALLEL, pytrace=False)
+    refuse_parallel(request.config)
     run: Run = _heavy().Run(request.node, options_of(request.config))
     return run
 

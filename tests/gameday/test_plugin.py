@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,15 @@ def test_parallel_runs_are_refused(tmp_path: Path) -> None:
     tests = "@pytest.mark.planned('PASS')\ndef test_zone_outage(experiment): run(experiment)"
     done = pytest_of(tmp_path, tests, "-p", "xdist", "-n", "2")
     assert done.returncode == 1 and "cannot run in parallel" in done.stdout and "1 error" in done.stdout
+
+
+def test_a_teams_experiment_is_not_run_in_parallel_either(tmp_path: Path) -> None:
+    """It asks for no fixture, which is where parallel runs were refused: under -n it ran, beside the others."""
+    action = {"type": "action", "name": "x", "provider": {"type": "process", "path": "touch", "arguments": "ran"}}
+    (tmp_path / "night.chaos.json").write_text(json.dumps({"title": "Night", "method": [action]}))
+    done = pytest_of(tmp_path, "def test_nothing(): pass", "-p", "xdist", "-n", "2")
+    assert done.returncode == 1 and "cannot run in parallel" in done.stdout, done.stdout
+    assert "1 passed" in done.stdout and "1 error" in done.stdout, done.stdout
 
 
 def test_two_experiments_with_one_bad_are_not_green(tmp_path: Path) -> None:
