@@ -274,9 +274,11 @@ def _stand_alone(session: Session) -> None:
 
 
 def _end(told: str) -> None:
-    """Leave with 1, whatever code chaos has chosen."""
-    print(told, flush=True)
-    os._exit(1)
+    """Leave with 1, whatever code chaos has chosen and whoever has closed the console."""
+    try:
+        print(told, flush=True)
+    finally:
+        os._exit(1)
 
 
 def execute(session: Session, title: str, seed: int) -> None:

@@ -58,3 +58,36 @@ def test_with_a_spec_that_is_not_ours_it_fails(tmp_path: Path, written: dict[str
 def test_without_a_sandbox_that_is_up_it_fails(tmp_path: Path, written: dict[str, Any]) -> None:
     done = chaos(tmp_path, written, GAMEDAY_CONTEXT="gameday-sandbox")
     assert done.returncode == 1 and "No sandbox is up" in done.stdout
+
+
+ON_THE_WAY_OUT = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from gameday import toolkit
+
+def wrong(): raise RuntimeError("the record is torn")
+session = SimpleNamespace(dir=Path("drill"), heal=lambda: None, finish=lambda: None, conclude=lambda: None)
+setattr(session, sys.argv[1], wrong)
+toolkit._stand_alone(session)
+"""
+
+
+@pytest.mark.parametrize("step", ["heal", "finish", "conclude"])
+@pytest.mark.parametrize("console", [True, False])
+def test_where_nothing_was_judged_it_fails(tmp_path: Path, step: str, console: bool) -> None:
+    """What raises on the way out left chaos' exit code as it was, 0; so did a console that was closed meanwhile."""
+    heard, mouth = os.pipe()
+    os.close(heard)
+    done = subprocess.run(
+        [sys.executable, "-c", ON_THE_WAY_OUT, step],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE if console else mouth,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(mouth)
+    assert done.returncode == 1 and (not console or "ERROR: the record is torn" in done.stdout), done.stderr
