@@ -10,7 +10,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 TOOLS := $(abspath .tools)
 UNPACKED := $(TOOLS)/prometheus/usr/bin/prometheus
 
-.PHONY: gameday gameday-all test check oracle setup clean
+.PHONY: gameday gameday-all test test-all check oracle setup clean
 
 # An installed Prometheus is used where there is one, else the unpacked binary.
 RUN := PATH="$(abspath $(BIN)):$$PATH:$(dir $(UNPACKED))"
@@ -25,7 +25,11 @@ gameday-all: setup
 # Most tests wait more than they work, so three at a time; the end-to-end ones measure, so one at a time.
 test: check $(TOOLS)/.browser
 	$(RUN) pytest tests --ignore tests/e2e -n 3 --dist loadfile
-	$(RUN) pytest tests/e2e
+	$(RUN) pytest tests/e2e -m "not thorough"
+
+# The end-to-end tests that `make test` leaves out as well (about ten minutes more).
+test-all: test
+	$(RUN) pytest tests/e2e -m thorough
 
 check: setup
 	$(BIN)/ruff check .

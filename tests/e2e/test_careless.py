@@ -14,6 +14,8 @@ from stage import Rehearsal, Stage, raised
 from gameday.cluster import Cluster
 from gameday.kinds import DEPLOYMENTS, NODES
 
+pytestmark = pytest.mark.thorough
+
 EXPERIMENTS = """
 from faults import NodeCrash, NodeDrain, PodHang, PodStop, RollingUpdate, ZombieEngine
 from gameday.objectives import Drained, NothingLeftBehind, Replaced, Replicas, Success, UnbrokenStreams

@@ -33,7 +33,7 @@ def nothing(): return True
 def raises(): raise RuntimeError("boom")
 def leaves(): raise SystemExit(3)
 def says_none(): return None
-def says_nan(): return float("nan")
+def says_nan(): return floatpytest.param("nan")
 def says_one(): return 1
 def sleeps(): pathlib.Path(os.environ["SLEEPING"]).touch(); time.sleep(30); return True
 
@@ -152,6 +152,7 @@ def test_a_teams_experiment_passes_under_our_load_and_verdict(reference: Stage) 
     assert_clean(reference)
 
 
+@pytest.mark.thorough
 def test_plain_chaos_validates_and_repeats_it(reference: Stage) -> None:
     """`chaos run` exits 0 for whatever fails; with our actions in it, only for PASS."""
     newest = max((reference.tmp / "runs").glob("*/kill/experiment.json"), key=lambda path: path.stat().st_mtime)
@@ -179,6 +180,7 @@ def test_plain_chaos_validates_and_repeats_it(reference: Stage) -> None:
     assert_clean(reference)
 
 
+@pytest.mark.thorough
 def test_a_cordon_that_its_rollback_lifts(reference: Stage) -> None:
     done = rehearse(reference, written(reference, "cordon", [CORDON], [UNCORDON]))
     assert done.code == 0 or unfit(done, "cordon"), done.out
@@ -187,6 +189,8 @@ def test_a_cordon_that_its_rollback_lifts(reference: Stage) -> None:
     assert_clean(reference)
 
 
+THOROUGH = pytest.mark.thorough
+
 # ── must not be green ───────────────────────────────────────────────────────────────────────────
 
 
@@ -194,24 +198,33 @@ def test_a_cordon_that_its_rollback_lifts(reference: Stage) -> None:
     ("name", "parts", "verdict", "told"),
     [
         ("idle", {"method": [activity("nothing")]}, "INCONCLUSIVE", "nothing was seen to change"),
-        ("raising", {"method": [activity("raises"), CORDON], "rollbacks": [UNCORDON]}, "INCONCLUSIVE", "boom"),
-        (
+        pytest.param(
+            "raising",
+            {"method": [activity("raises"), CORDON], "rollbacks": [UNCORDON]},
+            "INCONCLUSIVE",
+            "boom",
+            marks=THOROUGH,
+        ),
+        pytest.param(
             "none",
             {"method": [CORDON], "rollbacks": [UNCORDON], "probes": [activity("says_none", "probe", tolerance=[0, 1])]},
             "INCONCLUSIVE",
             "nothing was injected",
+            marks=THOROUGH,
         ),
-        (
+        pytest.param(
             "nan",
             {"method": [CORDON, activity("says_nan", "probe", tolerance=[0, 1])], "rollbacks": [UNCORDON]},
             "INCONCLUSIVE",
             "which says nothing",
+            marks=THOROUGH,
         ),
-        (
+        pytest.param(
             "beyond",
             {"method": [CORDON, activity("says_one", "probe", tolerance=[2, 3])], "rollbacks": [UNCORDON]},
             "FAIL",
             "not within",
+            marks=THOROUGH,
         ),
         ("mess", {"method": [CORDON]}, "ERROR", "left behind: node"),
     ],
@@ -233,6 +246,7 @@ def test_what_chaoslib_would_call_completed_is_not_green(
                 cluster.patch(NODES, node.name, {"spec": {"unschedulable": None}})
 
 
+@pytest.mark.thorough
 def test_a_rollback_that_raises_is_an_error(reference: Stage) -> None:
     done = rehearse(reference, written(reference, "torn", [CORDON], [activity("raises"), UNCORDON]))
     assert done.code == 1 and done.verdict("torn")["verdict"] == "ERROR", done.out
@@ -247,6 +261,7 @@ def test_a_rollback_that_raises_is_an_error(reference: Stage) -> None:
     assert_clean(reference)
 
 
+@pytest.mark.thorough
 def test_sigterm_in_an_action_heals_at_once_and_injects_nothing_more(reference: Stage) -> None:
     """chaoslib swallows it, injects the next fault, and calls the experiment completed."""
     flag = reference.tmp / "sleeping"
@@ -264,6 +279,7 @@ def test_sigterm_in_an_action_heals_at_once_and_injects_nothing_more(reference: 
     assert "kill an engine" not in (run / "events.jsonl").read_text()
 
 
+@pytest.mark.thorough
 def test_kill_nine_is_healed_from_the_ledger_by_its_rollbacks(reference: Stage) -> None:
     flag = reference.tmp / "sleeping-9"
     path = written(reference, "killed", [CORDON, activity("sleeps")], [UNCORDON])
@@ -285,6 +301,7 @@ def test_kill_nine_is_healed_from_the_ledger_by_its_rollbacks(reference: Stage) 
 # ── secrets and reach ───────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.thorough
 def test_a_secret_is_nowhere_in_the_record(reference: Stage) -> None:
     secrets = {"db": {"password": {"type": "env", "key": "THEIR_PASSWORD"}}}
     path = written(reference, "secret", [activity("uses", provider={"secrets": ["db"]})], secrets=secrets)

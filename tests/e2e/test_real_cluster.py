@@ -145,9 +145,9 @@ def test_a_zone_outage_under_the_printed_role(foreign: Foreign) -> None:
     ("kind", "name", "resource", "verb", "told"),
     [
         ("Role", "gameday", "podchaos", "create", "create podchaos in llm"),
-        ("Role", "gameday", "pods/log", "get", "get pods/log in llm"),
-        ("Role", "gameday", "configmaps", "patch", "patch configmaps in llm"),
-        ("ClusterRole", "gameday-llm", "nodes", "watch", "watch nodes"),
+        pytest.param("Role", "gameday", "pods/log", "get", "get pods/log in llm", marks=pytest.mark.thorough),
+        pytest.param("Role", "gameday", "configmaps", "patch", "patch configmaps in llm", marks=pytest.mark.thorough),
+        pytest.param("ClusterRole", "gameday-llm", "nodes", "watch", "watch nodes", marks=pytest.mark.thorough),
         ("ClusterRole", "gameday-llm", "nodes", "patch", "patch nodes"),
     ],
 )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from chaoslib.experiment import ensure_experiment_is_valid
 from stage import Lines, Stage
 
@@ -275,6 +276,7 @@ def test_sigterm_in_mid_fault_heals(reference: Stage) -> None:
     assert_clean(reference)
 
 
+@pytest.mark.thorough
 def test_kill_nine_in_mid_fault_is_healed_from_the_ledger(reference: Stage) -> None:
     process = reference.start("experiments", "-k", "zone_outage", "--seed", "7")
     cluster = cluster_of(reference)
