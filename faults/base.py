@@ -305,6 +305,7 @@ class Plan:
     cuts: str = ""  # the zone whose border the probers watch; "" for none
     needs: tuple[str, ...] = ()  # chaos resources (plurals) that must be served
     cluster_wide: bool = False  # touches nodes: takes the cluster-wide lock as well
+    resets: tuple[str, ...] = ()  # nodes that are reset, with all that runs on them, of whichever namespace
 
 
 class Fault(Protocol):

@@ -85,6 +85,7 @@ class NodeCrash:
             undos=(undo,),
             avoid=(node.name,),
             cluster_wide=True,
+            resets=(node.name,),
         )
 
 

@@ -70,6 +70,7 @@ def check(plan: Plan, view: View, settings: Settings, cluster: Cluster) -> tuple
             else:
                 _budgets(radius, view, budgets)
     _protected(radius, view, cluster, settings.protected)
+    unseen += _bystanders(plan, settings, cluster)
     return (*unseen, *_own_ground(radius, view, settings, cluster))
 
 
@@ -124,21 +125,45 @@ def _shares(radius: Radius, plan: Plan, view: View, settings: Settings) -> None:
 # ── who must not be hit ─────────────────────────────────────────────────────────────────────────
 
 
-def _protected(radius: Radius, view: View, cluster: Cluster, label: str) -> None:
+def _bears(labels: Mapping[str, str] | None, label: str) -> bool:
     key, _, value = label.partition("=")
+    found = (labels or {}).get(key)
+    return found is not None and value in ("", found)
 
-    def bears(labels: Mapping[str, str] | None) -> bool:
-        found = (labels or {}).get(key)
-        return found is not None and value in ("", found)
 
-    names = [pod.key for pod in view.pods if radius.holds(pod) and bears(pod.labels)]
+def _protected(radius: Radius, view: View, cluster: Cluster, label: str) -> None:
+    names = [pod.key for pod in view.pods if radius.holds(pod) and _bears(pod.labels, label)]
     if radius.nodes:
         nodes = (node["metadata"] for node in cluster.list(NODES))
         names += [
-            f"node {meta['name']}" for meta in nodes if meta["name"] in radius.nodes and bears(meta.get("labels"))
+            f"node {meta['name']}"
+            for meta in nodes
+            if meta["name"] in radius.nodes and _bears(meta.get("labels"), label)
         ]
     if names:
         raise TargetError(f"{', '.join(sorted(names)[:4])} must not be hit: the label {label} protects it.")
+
+
+def _bystanders(plan: Plan, settings: Settings, cluster: Cluster) -> Iterator[str]:
+    """A reset ends the pods of every namespace. Those that belong to the node (DaemonSets', static ones) come back."""
+    for node in plan.resets:
+        try:
+            found = cluster.list(PODS, fields=f"spec.nodeName={node}")
+        except Refused as refused:
+            if refused.code != 403:
+                raise
+            yield f"whose pods of other namespaces end with {node} cannot be seen: {refused}"
+            continue
+        pods = [pod for obj in found if (pod := to_pod(obj, {})).phase not in ("Succeeded", "Failed")]
+        if shielded := sorted(pod.key for pod in pods if _bears(pod.labels, settings.protected)):
+            told = ", ".join(shielded[:4])
+            raise TargetError(f"{told} must not be hit: the label {settings.protected} protects it.")
+        movable = [pod for pod in pods if not pod.owner.startswith(("DaemonSet/", "Node/"))]
+        if others := sorted(pod.key for pod in movable if pod.namespace not in settings.allow_namespaces):
+            raise TargetError(
+                f"{plan.facts.title}: it would end {', '.join(others[:4])} as well, outside allow_namespaces "
+                f"({', '.join(settings.allow_namespaces)}): choose another --seed, or allow these too."
+            )
 
 
 def _budgets(radius: Radius, view: View, budgets: Iterable[Obj]) -> None:

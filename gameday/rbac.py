@@ -1,9 +1,11 @@
 """The rights that the harness needs, in one table: what `gameday rbac` prints and what the preflight asks for.
 
-Least privilege: everything is a Role in the namespace under test, but for what has no namespace (nodes), what
-Kubernetes keeps in `default` (Events about nodes, and the one place for a cluster-wide Lease), and, if named, a look
-at Chaos Mesh's controller. Rights with `only_for="nodes"` are for zone and node faults, those with `only_for="own"`
-for a team's own experiments (to see what they leave behind); `--pods-only` leaves both out.
+Least privilege: everything is a Role in the namespace under test, but for what has no namespace (nodes), the list of
+all pods (to see which of other namespaces a node crash would end), what Kubernetes keeps in `default` (Events about
+nodes, and the one place for a cluster-wide Lease), and, if named, a look at Chaos Mesh's controller. Rights with
+`only_for="nodes"` are for zone and node faults, the one with `only_for="crash"` is not demanded (a node crash warns
+without it), those with `only_for="own"` are for a team's own experiments (to see what they leave behind);
+`--pods-only` leaves all of them out.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Right:
     why: str
     sub: str = ""
     name: str = ""  # of one object alone
-    only_for: str = ""  # "nodes": zone and node faults; "own": a team's own experiments
+    only_for: str = ""  # "nodes": zone and node faults; "crash": node crashes; "own": a team's own experiments
 
     @property
     def resource(self) -> str:
@@ -104,6 +106,7 @@ RIGHTS: tuple[Right, ...] = (
     Right(LEASES, (*WRITE, "update"), "default", "the cluster-wide lock of node and zone faults", only_for="nodes"),
     Right(DEPLOYMENTS, ("get",), "chaos", "its version and how it is installed", name=CONTROLLER),
     Right(PODS, ("list",), "chaos", "does it lie inside the blast radius"),
+    Right(PODS, ("list",), "cluster", "whose pods of other namespaces end with a node", only_for="crash"),
     Right(NODES, READ, "cluster", "zones, who is ready"),
     Right(NODES, ("patch",), "cluster", "cordons", only_for="nodes"),
     Right(NODES, ("get", "patch"), "cluster", "GPUs out of allocatable", sub="status", only_for="nodes"),

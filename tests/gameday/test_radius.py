@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from faults import PodKill, Xid, Zone, ZoneOutage, ZonePartition
+from faults import NodeCrash, NodeDrain, PodKill, Xid, Zone, ZoneOutage, ZonePartition
 from faults.base import Apply, Evict, Fault, Plan, Roll, View
 from gameday import radius
 from gameday.cluster import Node, Obj, Pod, Refused
 from gameday.errors import TargetError
 from gameday.kinds import ENDPOINTSLICES, NODES, PDBS, PODS, Kind
 from gameday.settings import Settings, load
+
+PROTECTED = str(Settings.model_fields["protected"].default)
 
 OUTAGE = ZoneOutage(Zone("a"), lasting=60)
 
@@ -270,6 +272,57 @@ def test_the_kinds_are_those_that_are_read() -> None:
         "endpointslices",
         "pods",
     ]
+
+
+# ── pods of other namespaces ────────────────────────────────────────────────────────────────────
+
+CRASH = NodeCrash(lasting=60)
+
+
+class Everywhere(Fake):
+    """Pods of all namespaces, asked for by their node."""
+
+    def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> list[Obj]:
+        found = super().list(kind, namespace, labels=labels, fields=fields)
+        if kind is not PODS or not fields:
+            return found
+        assert namespace is None, "a reset knows no namespace"
+        return [one for one in found if fields == f"spec.nodeName={one['spec']['nodeName']}"]
+
+
+def neighbour(namespace: str = "shop", owner: str = "ReplicaSet", phase: str = "Running", **labels: str) -> Obj:
+    (node,) = CRASH.plan(view()).facts.nodes
+    metadata = {"name": "cart-1", "namespace": namespace, "uid": "u", "labels": labels}
+    owners = [{"kind": owner, "name": "cart"}] if owner else []
+    return {"metadata": metadata | {"ownerReferences": owners}, "spec": {"nodeName": node}, "status": {"phase": phase}}
+
+
+@pytest.mark.parametrize("owner", ["ReplicaSet", "StatefulSet", ""])
+def test_a_node_crash_that_ends_pods_of_other_namespaces_is_refused(owner: str) -> None:
+    cluster = Everywhere(pods=[neighbour(owner=owner)])
+    refused("it would end shop/cart-1 as well, outside allow_namespaces", CRASH, view(), cluster)
+    assert check(CRASH, view(), cluster, allow_namespaces=("llm", "shop")) == ()
+    drain = NodeDrain(lasting=60).plan(view())
+    assert check(drain, view(), Everywhere(pods=[neighbour()])) == (), "a drain evicts nobody of another namespace"
+
+
+def test_what_belongs_to_the_node_or_has_ended_may_be_on_a_node_that_crashes() -> None:
+    there = [neighbour(owner="DaemonSet"), neighbour(owner="Node"), neighbour(phase="Succeeded"), neighbour("llm")]
+    assert check(CRASH, view(), Everywhere(pods=there)) == ()
+    elsewhere = neighbour()
+    elsewhere["spec"]["nodeName"] = "another"
+    assert check(CRASH, view(), Everywhere(pods=[elsewhere])) == ()
+
+
+@pytest.mark.parametrize("owner", ["ReplicaSet", "DaemonSet"])
+def test_a_protected_pod_of_another_namespace_is_not_crashed(owner: str) -> None:
+    shielded = neighbour(owner=owner, **{PROTECTED.partition("=")[0]: "true"})
+    refused("shop/cart-1 must not be hit", CRASH, view(), Everywhere(pods=[shielded]), allow_namespaces=("llm", "shop"))
+
+
+def test_pods_of_other_namespaces_that_may_not_be_seen_are_told_before_a_crash() -> None:
+    (told,) = check(CRASH, view(), Everywhere())
+    assert "whose pods of other namespaces end with node-" in told and "pods is forbidden" in told
 
 
 # ── what goes by turns ──────────────────────────────────────────────────────────────────────────
