@@ -341,6 +341,20 @@ def selector_of(namespace: str, pods: tuple[Pod, ...], also: tuple[str, ...] = (
     }
 
 
+def visible(pods: Sequence[Pod]) -> tuple[str, ...]:
+    """Those ("ns/pod") whose death can be seen from outside: only what took connections can be seen to take none."""
+    return tuple(sorted(pod.key for pod in pods if pod.ready and pod.ip and pod.ports and not pod.host_network))
+
+
+def unseen(pods: Sequence[Pod], seen: tuple[str, ...]) -> tuple[str, ...]:
+    """What a fault's fidelity must say of the others, which it hits as well."""
+    names = sorted(pod.name for pod in pods if pod.key not in seen)
+    if not names:
+        return ()
+    told = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (f"Not seen from outside: the end of {told} (not ready, or no TCP port of its own).",)
+
+
 def chaos(kind: Kind, metadata: Obj, spec: Mapping[str, Any]) -> Obj:
     return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata, "spec": dict(spec)}
 

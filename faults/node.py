@@ -15,6 +15,8 @@ from faults.base import (
     View,
     check_radius,
     pinned_job,
+    unseen,
+    visible,
 )
 from gameday.cluster import Node, Pod
 from gameday.errors import TargetError
@@ -65,7 +67,7 @@ class NodeCrash:
             seconds=120,
             paths={"/proc/sysrq-trigger": "/sysrq-trigger"},
         )
-        reachable = tuple(sorted(pod.key for pod in hit if pod.ready and pod.ports and not pod.host_network))
+        seen = visible(hit)
         return Plan(
             facts=FaultFacts(
                 name="node crash",
@@ -79,9 +81,10 @@ class NodeCrash:
                     "Real: kernel, kubelet and pods end at the same instant and close nothing; connections hang; the "
                     "machine boots again by itself.",
                     "Not covered: a machine that never comes back, lost disks.",
+                    *unseen(hit, seen),
                 ),
             ),
-            acts=(Job("node-crash", job, Dead(reachable), within=BOOTS, until="active", harms=True),),
+            acts=(Job("node-crash", job, Dead(seen), within=BOOTS, until="active", harms=True),),
             undos=(undo,),
             avoid=(node.name,),
             cluster_wide=True,

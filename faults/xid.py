@@ -25,6 +25,8 @@ from faults.base import (
     duration,
     pinned_to,
     selector_of,
+    unseen,
+    visible,
 )
 from gameday.cluster import Node, Obj, Pod
 from gameday.errors import ExperimentError, TargetError
@@ -97,13 +99,19 @@ class Xid:
         engine = next(pod for pod in on_node if pod in view.ready)
         hit = on_node if entry.effect == "gpu gone" else (engine,)
         check_radius(view, hit, what=f"Xid {self.code} on {node.name}")
+        seen = visible(hit)
+        if not any(pod.key in seen for pod in view.ready):
+            raise TargetError(
+                f"No pod of {view.selector!r} on {node.name} declares a TCP port: "
+                "its death could not be seen from outside."
+            )
         signal = self._signal(view, node, entry)
         acts: list[Act] = [Job("signal", signal, Detected(node.name, self.code))]
         undos = [Undo("delete", "signal", signal["metadata"]["name"], kind=JOBS.kind, namespace=view.namespace)]
-        effects = [_container_kill(view, pod, self.lasting) for pod in hit]
+        effects = [_container_kill(view, pod, seen, self.lasting) for pod in hit]
         if entry.effect == "gpu gone":
             # A container that merely restarts would find a healthy GPU; a pod that merely fails would stop gracefully.
-            effects.append(_pod_failure(view, hit, self.lasting))
+            effects.append(_pod_failure(view, hit, seen, self.lasting))
             acts.append(Allocatable(node.name, GPU, "0"))
             offered = str(node.gpus)
             undos.append(
@@ -129,6 +137,7 @@ class Xid:
                         if entry.effect == "gpu gone"
                         else "the container is killed as the driver would end its process."
                     ),
+                    *unseen(hit, seen),
                 ),
             ),
             acts=tuple(acts),
@@ -179,7 +188,7 @@ class Xid:
         }
 
 
-def _pod_failure(view: View, hit: tuple[Pod, ...], lasting: float) -> tuple[Apply, Undo]:
+def _pod_failure(view: View, hit: tuple[Pod, ...], seen: tuple[str, ...], lasting: float) -> tuple[Apply, Undo]:
     metadata = view.metadata("pod-failure")
     names = tuple(sorted(pod.key for pod in hit))
     spec = {
@@ -188,11 +197,11 @@ def _pod_failure(view: View, hit: tuple[Pod, ...], lasting: float) -> tuple[Appl
         "selector": selector_of(view.namespace, hit),
         "duration": duration(lasting),
     }
-    act = Apply("pod-failure", PODCHAOS, chaos(PODCHAOS, metadata, spec), len(hit), Dead(names), within=45)
+    act = Apply("pod-failure", PODCHAOS, chaos(PODCHAOS, metadata, spec), len(hit), Dead(seen), within=45)
     return act, delete(PODCHAOS, metadata, "pod-failure", running=names)
 
 
-def _container_kill(view: View, engine: Pod, lasting: float) -> tuple[Apply, Undo]:
+def _container_kill(view: View, engine: Pod, seen: tuple[str, ...], lasting: float) -> tuple[Apply, Undo]:
     what = f"container-kill-{engine.name}"
     metadata = view.metadata(what)
     spec = {
@@ -202,5 +211,6 @@ def _container_kill(view: View, engine: Pod, lasting: float) -> tuple[Apply, Und
         "selector": selector_of(view.namespace, (engine,)),
         "duration": duration(lasting),
     }
-    act = Apply(what, PODCHAOS, chaos(PODCHAOS, metadata, spec), 1, Dead((engine.key,)))
+    proof = Dead((engine.key,)) if engine.key in seen else None
+    act = Apply(what, PODCHAOS, chaos(PODCHAOS, metadata, spec), 1, proof)
     return act, delete(PODCHAOS, metadata, what)

@@ -20,6 +20,8 @@ from faults.base import (
     delete,
     duration,
     selector_of,
+    unseen,
+    visible,
 )
 from gameday.cluster import Obj, Pod
 from gameday.errors import TargetError
@@ -94,8 +96,13 @@ class ZoneOutage:
             cut, uncut = _partition(view, self.zone, inside, outside, self.lasting)
             acts.append(cut)
             undos.append(uncut)
-        visible = _visible(view, self.zone, inside)
-        kill, unkill = self._end_pods(view, inside, names, visible)
+        seen = visible(inside)
+        if not any(pod.key in seen for pod in view.engines):
+            raise TargetError(
+                f"No pod of {view.selector!r} in zone {self.zone} is ready and declares a TCP port: "
+                "its death could not be seen from outside."
+            )
+        kill, unkill = self._end_pods(view, inside, names, seen)
         acts.append(kill)
         undos.insert(0, unkill)
         undos += [
@@ -115,7 +122,7 @@ class ZoneOutage:
                 fidelity=(
                     f"Real: nodes cordoned, packets dropped, pods {gone}.",
                     "Emulated: kubelets and machines of the zone stay up, so the node controller sees healthy nodes.",
-                    *_unseen(inside, visible),
+                    *unseen(inside, seen),
                 ),
             ),
             acts=tuple(acts),
@@ -127,7 +134,7 @@ class ZoneOutage:
         )
 
     def _end_pods(
-        self, view: View, inside: tuple[Pod, ...], names: tuple[str, ...], visible: tuple[str, ...]
+        self, view: View, inside: tuple[Pod, ...], names: tuple[str, ...], seen: tuple[str, ...]
     ) -> tuple[Apply, Undo]:
         elsewhere = self.replacements == "elsewhere"
         what = "pod-kill" if elsewhere else "pod-failure"
@@ -140,7 +147,7 @@ class ZoneOutage:
         }
         if elsewhere:
             spec["gracePeriod"] = 0
-        proof = Dead(visible, zone=self.zone.name, lasting=not elsewhere)
+        proof = Dead(seen, zone=self.zone.name, lasting=not elsewhere)
         # A pod-failure's image change stops the container with the pod's own grace period.
         act = Apply(what, PODCHAOS, chaos(PODCHAOS, metadata, spec), len(inside), proof, within=10 if elsewhere else 45)
         return act, delete(PODCHAOS, metadata, what, running=() if elsewhere else names)
@@ -161,25 +168,6 @@ def _sides(view: View, zone: Zone) -> tuple[tuple[Pod, ...], tuple[Pod, ...]]:
     if not any(pod in view.engines for pod in inside):
         raise TargetError(f"Zone {zone.name} holds no pod of {view.selector!r}: its loss would show nothing.")
     return inside, tuple(pod for pod in running if pod.zone != zone.name)
-
-
-def _visible(view: View, zone: Zone, inside: tuple[Pod, ...]) -> tuple[str, ...]:
-    """Those whose death can be seen from outside: only what answered before can be seen to fall silent."""
-    found = tuple(pod for pod in inside if pod.ready and pod.ip and pod.ports)
-    if not any(pod in view.engines for pod in found):
-        raise TargetError(
-            f"No pod of {view.selector!r} in zone {zone.name} is ready and declares a TCP port: "
-            "its death could not be seen from outside."
-        )
-    return tuple(sorted(pod.key for pod in found))
-
-
-def _unseen(inside: tuple[Pod, ...], visible: tuple[str, ...]) -> tuple[str, ...]:
-    names = sorted(pod.name for pod in inside if pod.key not in visible)
-    if not names:
-        return ()
-    told = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return (f"Not seen from outside: the end of {told} (not ready, or no TCP port).",)
 
 
 def _partition(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from test_plans import pod, view
 
-from faults import NodeCrash, Zone, ZoneOutage, ZonePartition
+from faults import NodeCrash, Xid, Zone, ZoneOutage, ZonePartition
 from faults.base import Apply, Cut, Dead, Fault, Plan, View
 from gameday.cluster import Pod
 from gameday.errors import TargetError
@@ -128,3 +128,24 @@ def test_an_outage_whose_engines_nobody_could_see_die_is_refused(replacements: s
     fault: Fault = ZoneOutage(Zone("a"), lasting=25, replacements=replacements)  # type: ignore[arg-type]
     with pytest.raises(TargetError, match="declares a TCP port"):
         fault.plan(view(tuple(blind(one) for one in view().pods)))
+
+
+def test_an_xid_beside_a_pod_that_still_loads_can_be_proven() -> None:
+    """Of all GPU pods on the node, one that nobody could see before kept the whole fault from ever being proven."""
+    loading = tuple(pod(f"loading-{zone}", zone, ready=False) for zone in "abc")
+    plan = Xid(79, lasting=30).plan(view((*view().pods, *loading)))
+    (hidden,) = (one for one in loading if one.key in plan.facts.pods)
+    by_name = {act.what: act for act in plan.acts if isinstance(act, Apply)}
+    assert by_name[f"container-kill-{hidden.name}"].proof is None, "it is killed all the same"
+    failure = by_name["pod-failure"]
+    assert failure.records == len(plan.facts.pods) == 3 and isinstance(failure.proof, Dead)
+    assert set(failure.proof.pods) == set(plan.facts.pods) - {hidden.key}
+    assert all(act.proof for what, act in by_name.items() if hidden.name not in what)
+    assert hidden.name in plan.facts.fidelity[-1]
+
+
+@pytest.mark.parametrize("code", [13, 79])
+def test_an_xid_that_nobody_could_see_strike_is_refused(code: int) -> None:
+    portless = tuple(replace(one, ports=()) if one.gpus else one for one in view().pods)
+    with pytest.raises(TargetError, match="declares a TCP port"):
+        Xid(code, lasting=30).plan(view(portless))
