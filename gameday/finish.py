@@ -30,9 +30,11 @@ def clean(
 ) -> None:
     """Take all of it away and record what is left, if anything. The ledger stays unless everything is undone."""
     left: list[str] = []
+    kept = ledger is not None
     try:
         if ledger is not None:
             left += _close(cluster, ledger, probers, healed, within)
+            kept = bool(left)
         left += [f"{one.kind} {one.name}" for one in strays(cluster, run)]
         if stop := clear(cluster, lock.holder):
             left.append(stop)
@@ -40,7 +42,7 @@ def clean(
         left.append(str(wrong))
     left += [f"the action {name!r}, which still runs" for name in activities.under_way()]
     try:
-        lock.release()
+        lock.release(healed=not kept)
     except ClusterError as wrong:
         left.append(f"the lock ({wrong})")
     tape.mark(Step.CLEAN, not left, detail=", ".join(left) or "nothing of ours is left")

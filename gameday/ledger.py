@@ -152,7 +152,9 @@ def heal(cluster: Cluster, *, run: str | None = None, within: float = 60.0, say:
     runs out. Tries everything even when one undo fails, then raises one `HealError` that lists what is left.
     """
     wait_until_dead(cluster, say)
-    remove_dead(cluster)  # first: a run that only slept finds its Lease gone when it wakes, and harms nothing
+    remove_dead(
+        cluster, cluster_wide=False
+    )  # first: a run that only slept finds its Lease gone when it wakes, and harms nothing
     failed: list[str] = []
     count = 0
     for left in leftovers(cluster, run):

@@ -90,13 +90,14 @@ def _moves(cluster: Cluster, name: str, namespace: str, lease: Obj, within: floa
     return False
 
 
-def remove_dead(cluster: Cluster) -> int:
+def remove_dead(cluster: Cluster, *, cluster_wide: bool = True) -> int:
     """Delete the expired leases of game days on this namespace; returns how many there were.
 
+    The cluster-wide one guards the nodes against game days on other namespaces until all is healed.
     Raises `LockError` where a holder that was taken for dead wakes up at this instant.
     """
     count = 0
-    for name, namespace in ((NAME, cluster.namespace), CLUSTER_WIDE):
+    for name, namespace in ((NAME, cluster.namespace), *((CLUSTER_WIDE,) if cluster_wide else ())):
         lease = cluster.find(LEASES, name, namespace)
         ours = lease is not None and (lease["metadata"].get("annotations") or {}).get(UNDER_TEST) == cluster.namespace
         if lease is not None and ours and not holder_of(lease).live:
@@ -224,13 +225,23 @@ class Lock:
         for name, namespace in self._held:
             self._renew_one(name, namespace)
 
-    def release(self) -> None:
-        """Give every lease back, if it is still ours."""
+    def release(self, *, healed: bool = True) -> None:
+        """Give every lease back, if it is still ours.
+
+        Not `healed`: the cluster-wide one stays, as one whose holder died. Our ledger, which game days on other
+        namespaces do not look for, is what they are then sent to.
+        """
         self._stop.set()
         if self._thread:
             self._thread.join(timeout=5)
         for name, namespace in self._held:
             lease = self._cluster.find(LEASES, name, namespace)
-            if lease is not None and holder_of(lease).name == self.holder:
+            if lease is None or holder_of(lease).name != self.holder:
+                continue
+            if healed or (name, namespace) != CLUSTER_WIDE:
                 self._cluster.delete(LEASES, name, namespace)
+            else:
+                self._cluster.patch(
+                    LEASES, name, {"spec": {"renewTime": _show(datetime.fromtimestamp(0, UTC))}}, namespace
+                )
         self._held.clear()

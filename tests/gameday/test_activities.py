@@ -337,7 +337,7 @@ def test_an_action_that_still_runs_is_left_behind(tmp_path: Path) -> None:
     (tmp_path / f"{HERE}.py").write_text("import threading\ngo = threading.Event()\ndef hangs(): go.wait(30)\n")
     found = own(act("hangs"), act("hangs", "probe", name="asks"))
     abandoned = [activities.Running(found, one, ENVIRONMENT) for one in found.method]
-    tape, nobody = Tape(lambda _: None), SimpleNamespace(holder="r1", release=lambda: None)
+    tape, nobody = Tape(lambda _: None), SimpleNamespace(holder="r1", release=lambda **_: None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "strays", lambda *_: ())
         patch.setattr(finish, "clear", lambda *_: "")

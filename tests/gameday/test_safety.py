@@ -9,12 +9,13 @@ import pytest
 
 from faults.base import CORDONED, MANAGED, RUN, Undo
 from faults.undo import undo
-from gameday import ledger as ledger_, lock as lock_
+from gameday import finish, ledger as ledger_, lock as lock_
 from gameday.cluster import Cluster
 from gameday.errors import HealError, LockError, RecordError
 from gameday.kinds import CONFIGMAPS, LEASES, NODES, PODS, Kind
 from gameday.ledger import Ledger, heal, leftovers
 from gameday.lock import Lock, live_holder
+from gameday.tape import Tape
 
 LABELS = {MANAGED: "gameday", RUN: "r1"}
 SECRETS = Kind("", "v1", "secrets", "Secret")
@@ -274,6 +275,24 @@ def test_a_lock_that_was_given_back_with_its_ledger_unhealed_is_not_taken(cluste
     heal(cluster, within=5, say=quiet)
     lock.acquire(on_lost=print)
     lock.release()
+
+
+def test_nodes_that_are_not_healed_are_kept_from_game_days_on_other_namespaces(
+    cluster: Cluster, kubeconfig: Path, tmp_path: Path
+) -> None:
+    """Theirs would find the cluster-wide Lease free, and never look for a ledger in our namespace."""
+    first = Lock(cluster, "r1/zone_outage", LABELS, cluster_wide=True)
+    first.acquire(on_lost=print)
+    book = written(cluster, tmp_path)
+    finish.clean(cluster, Tape(quiet), lock=first, ledger=book, probers=(), healed=False, run="r1", within=1)
+    elsewhere = Cluster.connect(context="gameday-sandbox", kubeconfig=kubeconfig, namespace="default")
+    other = Lock(elsewhere, "r2/zone_outage", LABELS, cluster_wide=True)
+    with pytest.raises(LockError, match=r"'r1/zone_outage'.* left faults behind in llm: run `gameday heal`"):
+        other.acquire(on_lost=print)
+    assert live_holder(cluster) is None, "nobody has to wait before healing"
+    heal(cluster, within=5, say=quiet)
+    other.acquire(on_lost=print)
+    other.release()
 
 
 def test_whoever_slept_while_somebody_healed_has_lost_lock_and_ledger(
