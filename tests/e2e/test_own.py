@@ -41,7 +41,8 @@ def core(secrets=None): return client.CoreV1Api(create_k8s_api_client(secrets))
 
 def cordon(on=True, secrets=None):
     api = core(secrets)
-    name = sorted(node.metadata.name for node in api.list_node().items)[0]
+    engines = api.list_namespaced_pod("llm", label_selector="app=my-llama32").items
+    name = sorted({pod.spec.node_name for pod in engines if pod.spec.node_name})[0]  # other nodes would prove nothing
     api.patch_node(name, {"spec": {"unschedulable": on or None}})
     return name
 
