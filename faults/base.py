@@ -69,6 +69,7 @@ class View:
     sandbox: bool
     workloads: tuple[Workload, ...] = ()  # the namespace's Deployments
     model: str = ""  # its name, for a generation that proves something
+    job_image: str = "busybox:1.36"  # of the Jobs that act on a node: any with a shell
 
     def draw(self) -> random.Random:
         """The one source of chance; the same seed draws the same targets."""
@@ -400,7 +401,7 @@ def pinned_job(
     mounts = [{"name": f"v{n}", "mountPath": path} for n, path in enumerate((paths or {}).values())]
     container: Obj = {
         "name": "agent",
-        "image": "busybox:1.36",
+        "image": view.job_image,
         "command": ["sh", "-c", script],
         "env": [{"name": key, "value": value} for key, value in env.items()],
         "securityContext": {"privileged": True},

@@ -174,7 +174,7 @@ class Xid:
                         "containers": [
                             {
                                 "name": "signal",
-                                "image": "busybox:1.36",
+                                "image": view.job_image,
                                 "command": ["sh", "-c", 'echo "$LINE" > /dev/kmsg'],
                                 "env": [{"name": "LINE", "value": line}],
                                 "securityContext": {"privileged": True},

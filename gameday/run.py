@@ -230,6 +230,7 @@ class Session:
             sandbox=self._arena.sandbox,
             workloads=self._cluster.workloads(),
             model=settings.model,
+            job_image=settings.job_image,
         )
 
     def _write_run(self) -> None:

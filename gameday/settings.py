@@ -87,7 +87,8 @@ class Settings(BaseSettings):
     incident_token_file: Path | None = None
     expendable: bool = False  # sandbox only: lifts max_share and the last-zone rule
     allow_node_replacement: bool = False
-    prober_image: str = "python:3.12-alpine"
+    prober_image: str = "python:3.12-alpine"  # any with Python ≥ 3.8
+    job_image: str = "busybox:1.36"  # of the Jobs that act on a node: any with a shell
     allow_missing: tuple[str, ...] = ()
 
     # how to run

@@ -437,3 +437,14 @@ def test_only_a_pods_own_processes_are_stopped_never_the_hosts(line: str, its: b
     found = subprocess.run(["grep", "-Eq", pattern], input=line, text=True, check=False)
     assert (found.returncode == 0) is its
     assert ITS_HOSTS in FREEZE and '!= "$host"' in FREEZE
+
+
+def test_jobs_run_the_image_that_settings_name() -> None:
+    """Clusters without a way to the public registries have images of their own."""
+    own = replace(view(), job_image="registry.example.com/tools:1")
+    for fault in (PodHang(lasting=30), Xid(79, lasting=30)):
+        jobs = [act.manifest for act in fault.plan(own).acts if isinstance(act, Job)]
+        assert jobs, fault
+        for job in jobs:
+            (container,) = job["spec"]["template"]["spec"]["containers"]
+            assert container["image"] == "registry.example.com/tools:1"
