@@ -101,6 +101,7 @@ class Node:
     gpus: int  # allocatable
     cordoned_by: str = ""  # our mark, "" when somebody else cordoned it
     conditions: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # type → (status, reason)
+    boot: str = ""  # its bootID: another one after each start of the machine
     taints: tuple[tuple[str, str], ...] = ()  # (key, effect) that keep pods away, but for Kubernetes' own and GPUs'
 
 
@@ -483,6 +484,7 @@ def to_node(obj: Obj) -> Node:
         cordoned_by=(obj["metadata"].get("annotations") or {}).get(CORDONED, ""),
         gpus=int(status.get("allocatable", {}).get("nvidia.com/gpu", 0)),
         conditions=conditions,
+        boot=(status.get("nodeInfo") or {}).get("bootID", ""),
         taints=tuple(
             (one["key"], one["effect"])
             for one in obj.get("spec", {}).get("taints") or []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from faults.base import Act, Cordoned, Cut, Dead, Detected, Evict, Job, Mute, Newborn, Plan
 from gameday import clock
-from gameday.cluster import Cluster
+from gameday.cluster import Cluster, Node
 from gameday.ledger import strays
 from gameday.model import EvictionMark, NodeMark, PodMark, Step
 from gameday.tape import Tape
@@ -33,11 +33,17 @@ class Effects:
         self._reported: set[str] = set()  # nodes whose Xid a detector has reported
         self._biting: dict[str, clock.Instant] = {}  # acts whose effect was proven → since when
         self._lost: dict[str, int] = {}  # act → looks in a row without its effect
+        self._standing: tuple[Node, ...] = ()  # right before the harm
+        self._back: set[str] = set()  # nodes that were reset, and are back
         self.signalled = 0.0  # when the signal Job ran: detections count from then on
 
     def ready(self) -> bool:
         """Right before the harm: whether it may be done (else the stop is set)."""
-        return True
+        self._standing = self._watcher.nodes() if self._plan.resets else ()
+        if unseen := set(self._plan.resets) - {node.name for node in self._standing}:
+            told = f"the watch does not show {', '.join(sorted(unseen))}, which is to be reset: nothing was injected"
+            self._tape.stop("inconclusive", told)
+        return not unseen
 
     def prove_all(self, since: clock.Instant) -> bool:
         """After the last act: the effect of all of them together, where the acts have no proofs of their own."""
@@ -172,3 +178,35 @@ class Effects:
             kinds = [one for one in strays(cluster, run) if one.kind not in ("Pod", "Job")]
             told = ", ".join(one.name for one in kinds) or "no chaos resource is left"
             self._tape.mark(Step.GONE, not kinds, self._plan.facts.name, told)
+        self._look_back()
+
+    def see_back(self, within: float) -> None:
+        """In the end: the nodes that were reset must be back, or they are a mess left behind."""
+        began = clock.now()
+        while not self._look_back():
+            if clock.now() - began > (within if self._tape.interrupted is None else min(within, GONE_WITHIN)):
+                break
+            clock.pause(EVERY)
+        for name in sorted(set(self._plan.resets) - self._back):
+            told = f"{self._away(name)} {clock.now() - began:.0f} s after all else (heal_within says how long it may)"
+            self._tape.mark(Step.GONE, False, name, told)
+
+    def _look_back(self) -> bool:
+        """Note each node that is back; whether all are."""
+        for name in sorted(set(self._plan.resets) - self._back):
+            if not self._away(name):
+                self._back.add(name)
+                self._tape.mark(Step.GONE, True, name, f"{name} has booted again, or another has taken its place")
+        return self._back >= set(self._plan.resets)
+
+    def _away(self, name: str) -> str:
+        """Why a node that was reset does not count as back, "" when it does: Ready, with a new boot or replaced."""
+        old, now = {node.uid: node for node in self._standing}, self._watcher.nodes()
+        here = [node for node in now if node.name == name]
+        if not here:
+            fresh = [node for node in now if node.ready and node.uid not in old]
+            return "" if fresh else f"{name} is gone, and no new node is ready in its place"
+        if not all(node.ready for node in here):
+            return f"{name} is not Ready"
+        booted = all(node.uid not in old or node.boot != old[node.uid].boot for node in here)
+        return "" if booted or not self._biting else f"{name} has not booted again"

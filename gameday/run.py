@@ -546,6 +546,8 @@ class Session:
                 self.tape.note("inconclusive", wrong)
             if self._sampler:
                 self._sampler.stop()
+            if self._effects and self._harm is not None:
+                self._effects.see_back(self._settings.heal_within)
             self._compare_watches()
         finally:
             try:

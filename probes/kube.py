@@ -132,6 +132,11 @@ class Watcher:
         with self._lock:
             return tuple(pod for pod in self._pods.values() if self._selected(pod))
 
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes as the watch last saw them."""
+        with self._lock:
+            return tuple(self._nodes.values())
+
     def ready_keys(self) -> frozenset[str]:
         """ "ns/pod" of every pod that is Ready now."""
         with self._lock:

@@ -181,3 +181,56 @@ def test_a_drain_that_moved_nobody_is_not_proven_however_often_it_was_asked_for(
     (mark,) = [event for event in tape.events if isinstance(event, FaultMark)]
     assert not done and not mark.ok and mark.step is Step.EFFECT and "no eviction was accepted" in mark.detail
     assert tape.stopped
+
+
+# ── a node that was reset must come back ────────────────────────────────────────────────────────
+
+BEFORE = (Node("n1", "u1", "a", True, False, 0, boot="b1"), Node("n2", "u2", "b", True, False, 0, boot="c1"))
+
+
+def back(*nodes: Node, proven: bool = True, later: tuple[Node, ...] = ()) -> list[FaultMark]:
+    """What is recorded of n1, reset, where the watch shows these nodes at the heal, and `later` in the end."""
+    tape = Tape(lambda _: None)
+    shown = [BEFORE, nodes, later or nodes]
+    watch: Any = SimpleNamespace(nodes=lambda: shown[0], exist=lambda _: False, ready_keys=frozenset)
+    reach: Any = SimpleNamespace()
+    facts = replace(FACTS, name="node crash", one_shot=True)
+    mute: Any = SimpleNamespace(what="cut", proof=Mute(("llm/p",), "health"))  # so that nobody asks for strays
+    effects = Effects(Plan(facts, (mute,), (), resets=("n1",)), reach, watch, tape)
+    assert effects.ready()
+    if proven:
+        effects._biting["node-crash"] = clock.now()
+    shown.pop(0)
+    effects.see_gone(Cluster.__new__(Cluster), "run")
+    shown.pop(0)
+    effects.see_back(0.3)
+    return [event for event in tape.events if isinstance(event, FaultMark) and event.what == "n1"]
+
+
+def test_a_node_that_stays_down_after_its_crash_is_a_mess_left_behind() -> None:
+    (mark,) = back(replace(BEFORE[0], ready=False), BEFORE[1])
+    assert mark.step is Step.GONE and not mark.ok and mark.detail.startswith("n1 is not Ready")
+    whole = Plant(poisson=10).build()
+    run = replace(whole, fault=replace(whole.fault, one_shot=True))
+    assert judge(run, ASKED).verdict == "PASS"
+    left = replace(run, events=(*run.events, replace(mark, t=run.events[-1].t)))
+    assert judge(left, ASKED).verdict == "ERROR"
+    (gone,) = back(BEFORE[1])
+    assert not gone.ok and "no new node is ready in its place" in gone.detail
+
+
+def test_a_crashed_node_counts_as_back_only_with_a_new_boot_or_as_a_new_machine() -> None:
+    stale, again = BEFORE, replace(BEFORE[0], boot="b2")
+    assert [one.ok for one in back(*stale)] == [False]  # the control plane has not noticed yet, or nothing happened
+    assert [one.ok for one in back(again, BEFORE[1])] == [True]
+    assert [one.ok for one in back(*stale, later=(again, BEFORE[1]))] == [True]
+    assert [one.ok for one in back(replace(BEFORE[0], uid="u3", boot="b2"), BEFORE[1])] == [True]
+    assert [one.ok for one in back(BEFORE[1], replace(BEFORE[0], name="n3", uid="u3"))] == [True]
+    assert [one.ok for one in back(*stale, proven=False)] == [True], "a reset that never was leaves nothing to wait for"
+
+
+def test_nothing_is_reset_that_the_watch_does_not_show() -> None:
+    tape, watch = Tape(lambda _: None), SimpleNamespace(nodes=lambda: BEFORE)
+    nobody: Any = watch
+    assert not Effects(Plan(FACTS, (), (), resets=("n9",)), nobody, nobody, tape).ready()
+    assert tape.stopped
