@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -294,3 +294,14 @@ def test_untouched_is_only_what_was_looked_at_and_found_clean(cluster: Cluster, 
     made._harm = None
     made.tape.mark(Step.CLEAN, False, detail="Pod gd-prober")
     assert not made.untouched
+
+
+def test_nodes_that_were_reset_are_looked_for_in_the_end(cluster: Cluster, tmp_path: Path) -> None:
+    made, asked = session(tmp_path, cluster), []
+    made._effects = cast(Any, SimpleNamespace(see_back=asked.append))
+    made.finish()
+    assert asked == [], "nothing was harmed"
+    made = session(tmp_path, cluster)
+    made._effects, made._harm = cast(Any, SimpleNamespace(see_back=asked.append)), 1.0
+    made.finish()
+    assert asked == [made._settings.heal_within]
