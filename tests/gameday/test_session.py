@@ -297,7 +297,8 @@ def test_untouched_is_only_what_was_looked_at_and_found_clean(cluster: Cluster, 
 
 
 def test_nodes_that_were_reset_are_looked_for_in_the_end(cluster: Cluster, tmp_path: Path) -> None:
-    made, asked = session(tmp_path, cluster), []
+    made = session(tmp_path, cluster)
+    asked: list[float] = []
     made._effects = cast(Any, SimpleNamespace(see_back=asked.append))
     made.finish()
     assert asked == [], "nothing was harmed"
