@@ -267,10 +267,17 @@ def _no_verdict(directory: Path) -> None:
 
 @pytest.mark.parametrize("harm", [_cut, _remove, _unseal, _embellish, _no_verdict])
 def test_a_damaged_record_is_refused(past: Path, tmp_path: Path, harm: object) -> None:
-    current = run(tmp_path, 9, failing=True)
+    # Without a seal, what is not green stays so: that is how one that died looks. What is green must be proven.
+    current = run(tmp_path, 9, failing=harm is not _unseal)
     harm(current / "zone_outage")  # type: ignore[operator]
     with pytest.raises(RecordError, match=r"zone_outage|verdict\.json"):
         held(current, past)
+
+
+def test_a_failure_without_a_seal_keeps_it_closed(past: Path, tmp_path: Path) -> None:
+    current = run(tmp_path, 9, failing=True)
+    _unseal(current / "zone_outage")
+    assert not held(current, past).passed
 
 
 @pytest.mark.parametrize("harm", [_cut, _remove])
