@@ -33,7 +33,7 @@ def nothing(): return True
 def raises(): raise RuntimeError("boom")
 def leaves(): raise SystemExit(3)
 def says_none(): return None
-def says_nan(): return floatpytest.param("nan")
+def says_nan(): return float("nan")
 def says_one(): return 1
 def sleeps(): pathlib.Path(os.environ["SLEEPING"]).touch(); time.sleep(30); return True
 
@@ -190,42 +190,37 @@ def test_a_cordon_that_its_rollback_lifts(reference: Stage) -> None:
     assert_clean(reference)
 
 
-THOROUGH = pytest.mark.thorough
-
 # ── must not be green ───────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "parts", "verdict", "told"),
     [
         ("idle", {"method": [activity("nothing")]}, "INCONCLUSIVE", "nothing was seen to change"),
-        pytest.param(
+        (
             "raising",
             {"method": [activity("raises"), CORDON], "rollbacks": [UNCORDON]},
             "INCONCLUSIVE",
             "boom",
-            marks=THOROUGH,
         ),
-        pytest.param(
+        (
             "none",
             {"method": [CORDON], "rollbacks": [UNCORDON], "probes": [activity("says_none", "probe", tolerance=[0, 1])]},
             "INCONCLUSIVE",
             "nothing was injected",
-            marks=THOROUGH,
         ),
-        pytest.param(
+        (
             "nan",
             {"method": [CORDON, activity("says_nan", "probe", tolerance=[0, 1])], "rollbacks": [UNCORDON]},
             "INCONCLUSIVE",
             "which says nothing",
-            marks=THOROUGH,
         ),
-        pytest.param(
+        (
             "beyond",
             {"method": [CORDON, activity("says_one", "probe", tolerance=[2, 3])], "rollbacks": [UNCORDON]},
             "FAIL",
             "not within",
-            marks=THOROUGH,
         ),
         ("mess", {"method": [CORDON]}, "ERROR", "left behind: node"),
     ],

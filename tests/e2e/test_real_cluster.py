@@ -174,6 +174,7 @@ def test_a_right_taken_away_is_named(
     assert_clean(foreign.stage)
 
 
+@pytest.mark.thorough
 def test_nothing_goes_by_default(foreign: Foreign) -> None:
     for key in ("NAMESPACE", "ALLOW_NAMESPACES", "SELECTOR", "TARGET", "PROMETHEUS"):
         env = {name: value for name, value in foreign.env.items() if name != f"GAMEDAY_{key}"}

@@ -191,6 +191,7 @@ def proxy(upstream: str) -> Iterator[tuple[str, threading.Event]]:
             sock.close()
 
 
+@pytest.mark.thorough
 def test_a_target_that_goes_deaf_before_the_fault_is_inconclusive(reference: Stage) -> None:
     with proxy(reference.running.target_url) as (url, dead):
         process = reference.start(written(reference, "test_deaf.py", PARTITION), "--target", url)
@@ -203,6 +204,7 @@ def test_a_target_that_goes_deaf_before_the_fault_is_inconclusive(reference: Sta
     assert_clean(reference)
 
 
+@pytest.mark.thorough
 def test_a_prometheus_that_goes_blind_heals_and_is_inconclusive(reference: Stage) -> None:
     with proxy(reference.running.prometheus_url) as (url, dead):
         process = reference.start(written(reference, "test_blind.py", PARTITION), "--prometheus", url)

@@ -217,7 +217,7 @@ def small_disk(at: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(at)], check=True)
 
 
-@pytest.mark.parametrize("number", [0, 1, pytest.param(2, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 2))])
 def test_kill_nine_at_a_random_instant_leaves_nothing_that_heal_does_not_undo(reference: Stage, number: int) -> None:
     """A handful of what benchmarks/crash.py does fifty times; here `gameday heal` waits for the Lease to run out."""
     rng = random.Random(f"{os.environ.get('GITHUB_RUN_ID', 'crash')}-{number}")
