@@ -22,10 +22,11 @@ gameday: setup
 gameday-all: setup
 	$(RUN) pytest experiments
 
-# Most tests wait more than they work, so four at a time, the longest first; the end-to-end ones measure, so one at a time.
+# Most tests wait more than they work, so three at a time, the longest first;
+# the end-to-end ones measure, so one at a time.
 LONGEST := tests/oracle tests/browser tests/sandbox tests/loadgen
 test: check $(TOOLS)/.browser
-	$(RUN) pytest $(LONGEST) tests --ignore tests/e2e -n 4 --dist loadfile --no-loadscope-reorder
+	$(RUN) pytest $(LONGEST) tests --ignore tests/e2e -n 3 --dist loadfile --no-loadscope-reorder
 	$(RUN) pytest tests/e2e -m "not thorough"
 
 # The end-to-end tests that `make test` leaves out as well (about ten minutes more).

@@ -54,15 +54,18 @@ async def log_of(running: Running, name: str, query: str = "") -> str:
 
 
 async def from_pod(running: Running, life: Life, path: str, ip: str | None = None) -> str:
-    """GET a path of the pod's server from inside the fabric."""
+    """GET a path of the pod's server from inside the fabric, once it listens: without a probe, Ready says nothing."""
     where = ip or life.seen[-1].status["podIP"]
     zygote = next(iter(_children(running.pid)))
     code = f"import urllib.request as u; print(u.urlopen('http://{where}:8000{path}', timeout=2).read().decode())"
-    done = await asyncio.create_subprocess_exec(
-        "nsenter", f"--net=/proc/{zygote}/ns/net", "python3", "-c", code,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    out, err = await done.communicate()
+    for _ in range(20):
+        done = await asyncio.create_subprocess_exec(
+            "nsenter", f"--net=/proc/{zygote}/ns/net", "python3", "-c", code,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        out, err = await done.communicate()
+        if b"Connection refused" not in err:
+            break
     assert done.returncode == 0, err.decode()[-300:]
     return out.decode()
 

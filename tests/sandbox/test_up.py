@@ -222,7 +222,8 @@ def test_a_frozen_kubelet_loses_its_node_and_gets_it_back_with_its_pods(tmp_path
 def test_an_interrupted_up_leaves_nothing(tmp_path: Path, sig: signal.Signals, after_lines: int) -> None:
     require_root_and_prometheus()
     state = tmp_path / "state"
-    command = [sys.executable, "-m", "sandbox.up", "up", "--state-dir", str(state)]
+    # Whoever runs the tests in the background may have SIGINT ignored, and children inherit that.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "sandbox.up", "up", "--state-dir", str(state)]
     starter = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert starter.stdout is not None
     with starter.stdout:
