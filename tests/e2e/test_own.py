@@ -130,6 +130,7 @@ def unfit(done: Rehearsal, name: str) -> bool:
     return [one["objective"] for one in found if one["status"] != "PASS"] == ["load generator fit"]
 
 
+@pytest.mark.thorough
 def test_a_teams_experiment_passes_under_our_load_and_verdict(reference: Stage) -> None:
     """Killed by chaostoolkit-kubernetes, proven by our watches, judged by our load; then valid, and repeatable."""
     path = written(reference, "kill", [KILL])
@@ -312,6 +313,7 @@ def test_a_secret_is_nowhere_in_the_record(reference: Stage) -> None:
     assert_clean(reference)
 
 
+@pytest.mark.thorough
 def test_actions_that_would_reach_elsewhere_never_begin(reference: Stage) -> None:
     elsewhere = json.loads(json.dumps(KILL))
     elsewhere["provider"]["arguments"]["ns"] = "kube-system"

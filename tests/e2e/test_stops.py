@@ -89,6 +89,7 @@ def test_a_breached_stop_condition_heals_and_fails(reference: Stage) -> None:
     wait_for_six_engines(cluster_of(reference))
 
 
+@pytest.mark.thorough
 def test_gameday_stop_ends_it(reference: Stage) -> None:
     process = started(reference, "test_cut")
     seen = Lines(process)
