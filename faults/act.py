@@ -10,7 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from faults.base import CORDONED, Act, Allocatable, Apply, Call, Cordon, Evict, Job, Roll
 from gameday import activities, clock
@@ -19,6 +19,7 @@ from gameday.errors import ClusterError, GamedayError
 from gameday.kinds import DEPLOYMENTS, JOBS, NODES, PODS, Kind
 from gameday.model import EvictionMark
 
+T = TypeVar("T")
 Emit = Callable[[EvictionMark], None]
 SELECTS_WITHIN = 2.0  # seconds for a controller to choose its targets; "nothing selected" is final after that
 TRIES = 10  # patches of an object that others write as well
@@ -35,15 +36,18 @@ class Record:
 
     id: str
     phase: str
-    message: str
+    message: str  # its last word
+    failed: bool  # the last word is a failure
 
 
 def records(obj: Obj) -> tuple[Record, ...]:
     found = obj.get("status", {}).get("experiment", {}).get("containerRecords") or []
-    return tuple(
-        Record(one.get("id", ""), one.get("phase", ""), (one.get("events") or [{}])[-1].get("message", ""))
-        for one in found
-    )
+    return tuple(_record(one) for one in found)
+
+
+def _record(found: Obj) -> Record:
+    last = (found.get("events") or [{}])[-1]
+    return Record(found.get("id", ""), found.get("phase", ""), last.get("message", ""), last.get("type") == "Failed")
 
 
 def condition(obj: Obj, type: str) -> str:
@@ -101,9 +105,13 @@ def _look_for(cluster: Cluster, kind: Kind, name: str, namespace: str) -> Obj | 
 
 
 def _look(cluster: Cluster, kind: Kind, name: str, namespace: str) -> Obj | None:
-    """The object, or None while the API server is away or throttles us: the wait's own bound decides."""
+    return _unless_away(lambda: cluster.get(kind, name, namespace))
+
+
+def _unless_away(ask: Callable[[], T]) -> T | None:
+    """The answer, or None while the API server is away or throttles us: the wait's own bound decides."""
     try:
-        return cluster.get(kind, name, namespace)
+        return ask()
     except Unreachable:
         return None
     except Refused as refused:
@@ -186,14 +194,7 @@ def _job(cluster: Cluster, act: Job, stop: threading.Event) -> str:
 
 def _placed(cluster: Cluster, job: str, namespace: str) -> bool:
     """Whether a pod of the Job has a node: one that waits for it counts as active as well, and does nothing."""
-    try:
-        pods = cluster.list(PODS, namespace, labels=f"job-name={job}")
-    except Unreachable:
-        return False
-    except Refused as refused:
-        if refused.code == 429 or refused.code >= 500:
-            return False
-        raise
+    pods = _unless_away(lambda: cluster.list(PODS, namespace, labels=f"job-name={job}")) or ()
     return any(pod.get("spec", {}).get("nodeName") for pod in pods)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from faults.act import Record, records
 from faults.base import MANAGED
 from gameday import clock
 from gameday.clock import Instant
@@ -79,10 +80,8 @@ class Watch:
             self._replaced.add(name)
 
 
-def _records(obj: Obj) -> list[Obj]:
-    """Those that are not recovered."""
-    found = obj.get("status", {}).get("experiment", {}).get("containerRecords") or []
-    return [one for one in found if one.get("phase") != RECOVERED]
+def _unrecovered(obj: Obj) -> list[Record]:
+    return [one for one in records(obj) if one.phase != RECOVERED]
 
 
 def _pod_of(id: str) -> str:
@@ -91,18 +90,14 @@ def _pod_of(id: str) -> str:
 
 def _failures(obj: Obj) -> dict[str, str]:
     """Record → its last word, for those whose last word is a failure."""
-    events = {one["id"]: (one.get("events") or [{}])[-1] for one in _records(obj)}
-    return {id: last.get("message") or "no reason given" for id, last in events.items() if last.get("type") == "Failed"}
+    return {one.id: one.message or "no reason given" for one in _unrecovered(obj) if one.failed}
 
 
 def _carriers(cluster: Cluster, obj: Obj) -> dict[str, Obj]:
     """Pods that may still carry the fault, by "ns/pod"."""
-    found = {name: cluster.find(PODS, *reversed(name.split("/"))) for name in _unrecovered(obj)}
+    names = sorted({_pod_of(one.id) for one in _unrecovered(obj)})
+    found = {name: cluster.find(PODS, *reversed(name.split("/"))) for name in names}
     return {name: pod for name, pod in found.items() if pod and not _younger(pod, obj) and not _ours(pod)}
-
-
-def _unrecovered(obj: Obj) -> list[str]:
-    return sorted({_pod_of(one["id"]) for one in _records(obj)})
 
 
 def _released(obj: Obj) -> Obj:

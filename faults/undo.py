@@ -171,28 +171,26 @@ def undo(cluster: Cluster, entry: Undo, *, within: float) -> str:
     return found
 
 
-def still_paused(cluster: Cluster, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `names` ("ns/pod") that exist and still carry the pause image: the failure is in force."""
-    found = []
-    for name in names:
-        namespace, pod = name.split("/")
-        obj = cluster.find(BY_KIND["Pod"], pod, namespace)
-        if obj and any(PAUSE in container.get("image", "") for container in obj["spec"].get("containers", [])):
-            found.append(name)
-    return tuple(found)
+def pods_of(cluster: Cluster, names: tuple[str, ...]) -> tuple[Obj, ...]:
+    """Those of `names` ("ns/pod") that exist."""
+    found = (cluster.find(BY_KIND["Pod"], *reversed(name.split("/"))) for name in names)
+    return tuple(obj for obj in found if obj)
 
 
-def containers_run(cluster: Cluster, names: tuple[str, ...]) -> bool:
-    """Whether every pod of `names` ("ns/pod") that still exists runs its own image again, and is Ready."""
-    for name in names:
-        namespace, pod = name.split("/")
-        obj = cluster.find(BY_KIND["Pod"], pod, namespace)
-        if obj is not None and "deletionTimestamp" not in obj["metadata"] and not _runs(obj):
-            return False
-    return True
+def still_paused(pods: tuple[Obj, ...]) -> tuple[str, ...]:
+    """Those ("ns/pod") that carry the pause image: the failure is in force."""
+    return tuple(f"{pod['metadata']['namespace']}/{pod['metadata']['name']}" for pod in pods if _paused(pod))
+
+
+def containers_run(pods: tuple[Obj, ...]) -> bool:
+    """Whether every one that is to stay runs its own image again, and is Ready."""
+    return all(_runs(pod) for pod in pods if "deletionTimestamp" not in pod["metadata"])
+
+
+def _paused(pod: Obj) -> bool:
+    return any(PAUSE in container.get("image", "") for container in pod["spec"].get("containers", []))
 
 
 def _runs(obj: Obj) -> bool:
-    images = [container.get("image", "") for container in obj["spec"].get("containers", [])]
     conditions = {c["type"]: c.get("status") for c in obj.get("status", {}).get("conditions") or []}
-    return not any(PAUSE in image for image in images) and conditions.get("Ready") == "True"
+    return not _paused(obj) and conditions.get("Ready") == "True"

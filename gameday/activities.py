@@ -274,8 +274,7 @@ class Running:
     def _work(self) -> None:
         try:
             plain = self._own.plain
-            configuration = load_configuration(plain.get("configuration") or {})
-            secrets = load_secrets(plain.get("secrets") or {}, configuration)
+            configuration, secrets = _given(plain)
             _remember_all(secrets)
             context = self._environment.get("KUBERNETES_CONTEXT")
             for group in [secrets, *(one for one in secrets.values() if isinstance(one, dict))]:
@@ -337,9 +336,7 @@ def probe(
         raise Unreadable(f"{one.name!r} returned {value}, which says nothing")
     tolerance = copy.deepcopy(one.plain["tolerance"])
     try:
-        plain = own.plain
-        configuration = load_configuration(plain.get("configuration") or {})
-        secrets = load_secrets(plain.get("secrets") or {}, configuration)
+        configuration, secrets = _given(own.plain)
         if isinstance(tolerance, str):
             tolerance = substitute(tolerance, configuration, secrets)
         good = within_tolerance(tolerance, value, configuration=configuration, secrets=secrets)
@@ -375,6 +372,12 @@ class Rollbacks:
             except Unreadable as wrong:
                 self._failed.append(f"rollback {wrong}")
             self._running = None
+
+
+def _given(plain: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(configuration, secrets) that an experiment takes from where it says, now."""
+    configuration = load_configuration(plain.get("configuration") or {})
+    return configuration, load_secrets(plain.get("secrets") or {}, configuration)
 
 
 def _finite(value: Any) -> bool:

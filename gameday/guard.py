@@ -97,7 +97,7 @@ class Guard:
             self._tape.stop("inconclusive", "a load worker was lost")
         if (silent := self._flow.silent_for()) > LOAD_SILENT:
             self._tape.stop("inconclusive", f"the load generator has been silent for {silent:.1f} s")
-        limit = 2 * self._settings.scrape_interval + TIMEOUT  # a question may be under way for TIMEOUT
+        limit = _blind_after(self._settings)
         if (blind_for := self._sampler.blind_for()) > limit:
             why = self._sampler.last_error or "no answer"
             self._tape.stop("inconclusive", f"Prometheus has been blind for {blind_for:.1f} s ({why})")
@@ -125,6 +125,11 @@ class Guard:
         floor = self._settings.stop_replicas
         if floor and (ready := sum(pod.ready for pod in self._watcher.engines())) < floor:
             self._tape.stop("fail", f"only {ready} replicas are ready, the stop condition is {floor}")
+
+
+def _blind_after(settings: Settings) -> float:
+    """Seconds without an answer of Prometheus; a question may be under way for `TIMEOUT`."""
+    return 2 * settings.scrape_interval + TIMEOUT
 
 
 class Questions:
@@ -175,7 +180,7 @@ class Questions:
         """Stop for what is broken since the harm, and for what could not be asked at all."""
         with self._lock:
             latest, good = dict(self._latest), dict(self._good)
-        now, limit = clock.now(), 2 * self._settings.scrape_interval + TIMEOUT
+        now, limit = clock.now(), _blind_after(self._settings)
         for name, at in good.items():
             if now - at > limit:
                 why = latest[name].error if name in latest else "no answer"

@@ -49,8 +49,9 @@ class _Job:
             return self._told
         over = clock.now() - self._undone_at >= self._within
         try:
-            paused = undoing.still_paused(self._cluster, self.entry.running)
-            if not over and (paused or not (hurried or undoing.containers_run(self._cluster, self.entry.running))):
+            pods = undoing.pods_of(self._cluster, self.entry.running)
+            paused = undoing.still_paused(pods)
+            if not over and (paused or not (hurried or undoing.containers_run(pods))):
                 return None  # whether they ever run is judged by objectives, not by the heal
         except ClusterError:
             if over:

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from faults.base import OURS, ROLE, RUN, Undo
-from faults.undo import NOT_BEGUN, still_paused, undo
+from faults.undo import NOT_BEGUN, pods_of, still_paused, undo
 from gameday import clock
 from gameday.cluster import Cluster, Obj, Refused
 from gameday.errors import ClusterError, HealError, RecordError
@@ -185,8 +185,11 @@ def heal(cluster: Cluster, *, run: str | None = None, within: float = 60.0, say:
 
 def _see_running(cluster: Cluster, entry: Undo, within: float) -> None:
     """A pod-failure is over when no pod has the pause image any more, whatever the control plane calls it."""
+
+    def paused() -> tuple[str, ...]:
+        return still_paused(pods_of(cluster, entry.running))
+
     try:
-        clock.wait_until(lambda: not still_paused(cluster, entry.running), within=within, what="the pods' own images")
+        clock.wait_until(lambda: not paused(), within=within, what="the pods' own images")
     except clock.Waited as late:
-        paused = ", ".join(still_paused(cluster, entry.running))
-        raise HealError(f"{paused} still have the pause image: delete these pods.") from late
+        raise HealError(f"{', '.join(paused())} still have the pause image: delete these pods.") from late

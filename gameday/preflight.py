@@ -40,10 +40,12 @@ class Check:
 
 
 class Preflight:
-    """The checks against one cluster, by these settings."""
+    """The checks against one cluster, by these settings; `lasting`: seconds that what is to begin takes at most."""
 
-    def __init__(self, cluster: Cluster, prometheus: Prometheus | None, settings: Settings) -> None:
-        self._cluster, self._prometheus, self._settings = cluster, prometheus, settings
+    def __init__(
+        self, cluster: Cluster, prometheus: Prometheus | None, settings: Settings, lasting: float = 0.0
+    ) -> None:
+        self._cluster, self._prometheus, self._settings, self._lasting = cluster, prometheus, settings, lasting
 
     def checks(self) -> tuple[tuple[str, Callable[[], str], str], ...]:
         """(name, check, what to do when it fails), in the order in which they make sense."""
@@ -96,7 +98,7 @@ class Preflight:
     # ── checks ──────────────────────────────────────────────────────────────────────────────
 
     def _leave(self) -> str:
-        return leave.ask(self._settings, 0, self._prometheus)
+        return leave.ask(self._settings, self._lasting, self._prometheus)
 
     def _api(self) -> str:
         return f"{self._cluster.name}, Kubernetes {self._cluster.version()}"

@@ -140,8 +140,12 @@ def _protected(radius: Radius, view: View, cluster: Cluster, label: str) -> None
             for meta in nodes
             if meta["name"] in radius.nodes and _bears(meta.get("labels"), label)
         ]
-    if names:
-        raise TargetError(f"{', '.join(sorted(names)[:4])} must not be hit: the label {label} protects it.")
+    _refuse_protected(names, label)
+
+
+def _refuse_protected(names: Iterable[str], label: str) -> None:
+    if found := sorted(names):
+        raise TargetError(f"{', '.join(found[:4])} must not be hit: the label {label} protects it.")
 
 
 def _bystanders(plan: Plan, settings: Settings, cluster: Cluster) -> Iterator[str]:
@@ -155,9 +159,7 @@ def _bystanders(plan: Plan, settings: Settings, cluster: Cluster) -> Iterator[st
             yield f"whose pods of other namespaces end with {node} cannot be seen: {refused}"
             continue
         pods = [pod for obj in found if (pod := to_pod(obj, {})).phase not in ("Succeeded", "Failed")]
-        if shielded := sorted(pod.key for pod in pods if _bears(pod.labels, settings.protected)):
-            told = ", ".join(shielded[:4])
-            raise TargetError(f"{told} must not be hit: the label {settings.protected} protects it.")
+        _refuse_protected((pod.key for pod in pods if _bears(pod.labels, settings.protected)), settings.protected)
         movable = [pod for pod in pods if not pod.owner.startswith(("DaemonSet/", "Node/"))]
         if others := sorted(pod.key for pod in movable if pod.namespace not in settings.allow_namespaces):
             raise TargetError(

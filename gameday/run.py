@@ -124,9 +124,9 @@ class Session:
             told = f"The action {acting[0]!r} of an earlier experiment still runs, and may do anything"
             raise ExperimentError(f"{told}: begin a new process.")
         self.tape.open(self.dir)
-        preflight = Preflight(self._cluster, self._arena.prometheus, self._settings)
+        expected = self.spec.expected(self._settings)
+        preflight = Preflight(self._cluster, self._arena.prometheus, self._settings, expected)
         preflight.demand()
-        leave.ask(self._settings, self.spec.expected(self._settings), self._arena.prometheus)
         view = self.view()
         plan = self.spec.fault.plan(view)
         unseen = radius.check(plan, view, self._settings, self._cluster)
@@ -135,7 +135,6 @@ class Session:
         self._write_run()
         for one in unseen:
             self.tape.note("warning", one)
-        expected = self.spec.expected(self._settings)
         self.tape.say(f"{plan.facts.title} · expected to take up to {show_duration(round(expected))}")
         self._lock = Lock(self._cluster, self._holder, dict(view.labels), cluster_wide=plan.cluster_wide)
         self._lock.acquire(on_lost=lambda why: self.stop("error", why))

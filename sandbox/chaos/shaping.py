@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from sandbox.chaos import shaper
 from sandbox.chaos.traffic import Rule
 
+T = TypeVar("T")
 READY_SECONDS = 10.0  # for a shaper to be at work
 END_SECONDS = 2.0  # for it to end by itself
 
@@ -54,15 +55,7 @@ class Shaping:
         await self.end()
         if not rules:
             return
-        read, write = os.pipe2(os.O_CLOEXEC)
-        try:
-            process = await self._launch(netns, [shaper.dump(rules), device], write)
-        except BaseException:
-            os.close(read)
-            raise
-        finally:
-            os.close(write)
-        said = await line_of(read)
+        process, said = await started(lambda write: self._launch(netns, [shaper.dump(rules), device], write))
         if said != "ready":
             process.kill()
             await process.wait()
@@ -92,7 +85,20 @@ class Shaping:
             await process.wait()
 
 
-async def line_of(fd: int) -> str:
+async def started(start: Callable[[int], Awaitable[T]]) -> tuple[T, str]:
+    """(what `start` gave, the first line that it writes to the descriptor it was handed)."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    try:
+        given = await start(write)
+    except BaseException:
+        os.close(read)
+        raise
+    finally:
+        os.close(write)
+    return given, await _line_of(read)
+
+
+async def _line_of(fd: int) -> str:
     """The first line of what a process says, "" when it says nothing in time; closes the descriptor."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,7 @@ import orjson
 from aiohttp import web
 
 from sandbox.chaos import stress
-from sandbox.chaos.shaping import line_of
+from sandbox.chaos.shaping import started
 from sandbox.client import Obj
 from sandbox.controllers.objects import milli
 from sandbox.node.container import Container
@@ -74,15 +73,7 @@ class Stressors:
             stdin=False,
             security=None,
         )
-        read, write = os.pipe2(os.O_CLOEXEC)
-        try:
-            await self._zygote.spawn(order, write, 2)
-        except StartError:
-            os.close(read)
-            raise
-        finally:
-            os.close(write)
-        said = await line_of(read)
+        _, said = await started(lambda write: self._zygote.spawn(order, write, 2))
         if said != "ready":
             await self._end(name)
             raise stress.Refused(said or "the stressor did not start")
