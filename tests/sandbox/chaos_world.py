@@ -17,13 +17,17 @@ from typing import Any
 
 import pytest
 from apiserver_world import cluster
+from nodes_world import api_of
 
 from sandbox.chaos import controller, daemon
 from sandbox.client import EVENTS, NETWORKCHAOS, PODCHAOS, PODS, ApiError, HttpApi, Kind, Obj
 from sandbox.node import linux
+from sandbox.up import Running
 
 NS = "default"
 WITHIN = 10.0  # seconds; every wait's bound
+ADDRESSES = {"a": "10.9.0.2", "b": "10.9.0.3", "c": "10.9.0.4"}
+EVERY = {"ab", "ac", "ba", "bc", "ca", "cb"}  # who may reach whom
 
 
 @dataclass(slots=True)
@@ -291,3 +295,37 @@ async def node(one: World, made: Net, name: str = "n1") -> AsyncIterator[None]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+
+
+@contextlib.asynccontextmanager
+async def placed(one: World, **addresses: str) -> AsyncIterator[Net]:
+    """Pods of these names and addresses, each in a network namespace of its own."""
+    with net(**addresses) as made:
+        for name, address in addresses.items():
+            pod = await one.pod(name, ip=address)
+            made.uids[pod["metadata"]["uid"]] = made.fds[name]
+        yield made
+
+
+def with_pods(test: Callable[[World, Net], Awaitable[None]]) -> None:
+    """Pods a, b and c on node n1, whose chaos daemon runs."""
+
+    async def main(one: World) -> None:
+        async with placed(one, **ADDRESSES) as made, node(one, made):
+            await test(one, made)
+
+    play(main)
+
+
+def on(running: Running, test: Any) -> None:
+    """Run `test` in the world of a sandbox, whose controller is its own."""
+
+    async def main() -> None:
+        async with api_of(running) as api:
+            forever = asyncio.create_task(asyncio.Event().wait())
+            try:
+                await test(World(api, forever))  # type: ignore[arg-type]
+            finally:
+                forever.cancel()
+
+    asyncio.run(main())

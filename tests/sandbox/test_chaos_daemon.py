@@ -5,41 +5,19 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Awaitable, Callable
 
 import pytest
-from chaos_world import NS, Net, World, net, node, play, records
+from chaos_world import ADDRESSES, EVERY, NS, Net, World, net, node, placed, play, records, with_pods
 
 from sandbox.chaos import rules
 from sandbox.chaos.controller import CLEAN_FINALIZER, FINALIZER
 from sandbox.client import NETWORKCHAOS, PODNETWORKCHAOS, PODS, Obj
-
-ADDRESSES = {"a": "10.9.0.2", "b": "10.9.0.3", "c": "10.9.0.4"}
-
-Test = Callable[[World, Net], Awaitable[None]]
-
-
-def with_pods(test: Test) -> None:
-    """Pods a, b and c on node n1, whose chaos daemon runs."""
-
-    async def main(one: World) -> None:
-        with net(**ADDRESSES) as made:
-            for name, address in ADDRESSES.items():
-                pod = await one.pod(name, ip=address)
-                made.uids[pod["metadata"]["uid"]] = made.fds[name]
-            async with node(one, made):
-                await test(one, made)
-
-    play(main)
 
 
 def reach(made: Net) -> set[str]:
     """Which of a, b, c get datagrams through to which, as "ab"."""
     pairs = [(one, other) for one in ADDRESSES for other in ADDRESSES if one != other]
     return {one + other for one, other in pairs if made.udp(one, other, ADDRESSES[other])}
-
-
-EVERY = {"ab", "ac", "ba", "bc", "ca", "cb"}
 
 
 @pytest.mark.parametrize(
@@ -235,10 +213,7 @@ def test_a_cut_outlives_a_dead_daemon_and_cannot_be_deleted_until_it_is_back() -
     """The object is stuck by its finalizer, with Failed/Recover records; force does not help (facts/chaos-mesh.md)."""
 
     async def main(one: World) -> None:
-        with net(**ADDRESSES) as made:
-            for name, address in ADDRESSES.items():
-                pod = await one.pod(name, ip=address)
-                made.uids[pod["metadata"]["uid"]] = made.fds[name]
+        async with placed(one, **ADDRESSES) as made:
             async with node(one, made):
                 await one.partition("cut", "a", "b", "to")
                 await one.injected(NETWORKCHAOS, "cut")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from chaos_world import NS, World, condition_of
+from chaos_world import NS, World, condition_of, on
 from nodes_world import PYTHON, SERVER, sandbox
 
-from sandbox.client import NETWORKCHAOS, PODCHAOS, PODS, HttpApi, Obj
+from sandbox.client import NETWORKCHAOS, PODCHAOS, PODS, Obj
 from sandbox.up import Running
 
 PAUSE = "gcr.io/google-containers/pause:latest"
@@ -32,22 +28,6 @@ while True:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with sandbox(tmp_path_factory.mktemp("chaos"), zones=("a", "b")) as made:
         yield made
-
-
-def on(running: Running, test: Any) -> None:
-    config = yaml.safe_load(Path(running.kubeconfig).read_text())
-    token = config["users"][0]["user"]["token"]
-    ca = (Path(running.state_dir) / "ca.crt").read_text()
-
-    async def main() -> None:
-        async with HttpApi(running.api_url, token, ca) as api:
-            forever = asyncio.create_task(asyncio.Event().wait())
-            try:
-                await test(World(api, forever))  # type: ignore[arg-type]  # the controller is the sandbox's own
-            finally:
-                forever.cancel()
-
-    asyncio.run(main())
 
 
 async def start(one: World, name: str, node: str, *args: str) -> Obj:

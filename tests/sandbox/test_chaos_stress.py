@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import os
 import signal
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos_world import NS, World, chosen, condition_of, records
-from nodes_world import PYTHON, api_of, host_pids, sandbox
+from chaos_world import NS, World, chosen, condition_of, on, records
+from nodes_world import PYTHON, host_pids, sandbox
 
 from benchmarks.processes import family
 from sandbox.chaos.stress import Refused, Stress, parse
@@ -35,18 +34,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def collected() -> Iterator[None]:
     yield
     gc.collect()
-
-
-def on(running: Running, test: Any) -> None:
-    async def main() -> None:
-        async with api_of(running) as api:
-            forever = asyncio.create_task(asyncio.Event().wait())
-            try:
-                await test(World(api, forever))  # type: ignore[arg-type]  # the controller is the sandbox's own
-            finally:
-                forever.cancel()
-
-    asyncio.run(main())
 
 
 async def start(one: World, name: str, node: str = "node-a-1", **limits: str) -> Obj:

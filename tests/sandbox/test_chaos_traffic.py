@@ -9,35 +9,18 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
-from chaos_world import NS, Net, World, chosen, net, node, play, records
+from chaos_world import ADDRESSES, EVERY, NS, Net, World, chosen, play, records, with_pods
 
 from sandbox.chaos import podnetwork, shaper, traffic
 from sandbox.chaos.traffic import Bucket, Chance, Netem, Rule, Shape, Unsupported, rate
 from sandbox.client import NETWORKCHAOS, PODNETWORKCHAOS, PODS, Obj
 
-ADDRESSES = {"a": "10.9.0.2", "b": "10.9.0.3", "c": "10.9.0.4"}
-EVERY = {"ab", "ac", "ba", "bc", "ca", "cb"}
 LATE = 0.080  # seconds: what we ask for; nothing here takes that long by itself
-
-Test = Callable[[World, Net], Awaitable[None]]
-
-
-def with_pods(test: Test) -> None:
-    async def main(one: World) -> None:
-        with net(**ADDRESSES) as made:
-            for name, address in ADDRESSES.items():
-                pod = await one.pod(name, ip=address)
-                made.uids[pod["metadata"]["uid"]] = made.fds[name]
-            async with node(one, made):
-                await test(one, made)
-
-    play(main)
 
 
 def seconds(made: Net, source: str, target: str, within: float = 2.0) -> float | None:

@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 from nodes_world import api_of, eventually, host_pids, living, pod, require_root_and_prometheus, sandbox
 
+from benchmarks.processes import family
 from gameday.cli import main
 from sandbox import deploy
 from sandbox.client import DEPLOYMENTS, NODES, SERVICES, ApiError, Kind
@@ -47,22 +48,6 @@ def host_state() -> dict[str, str]:
     found = {" ".join(c): subprocess.run(c, capture_output=True, text=True, check=False).stdout for c in commands}
     found["mounts"] = Path("/proc/self/mounts").read_text()
     return found
-
-
-def of_sandbox(pid: int) -> set[int]:
-    """The process and all its descendants."""
-    found, fresh = set(), {pid}
-    while fresh:
-        found |= fresh
-        fresh = {child for one in fresh for child in _children(one)} - found
-    return found
-
-
-def _children(pid: int) -> set[int]:
-    try:
-        return {int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-    except OSError:
-        return set()
 
 
 def alive(pids: set[int]) -> set[int]:
@@ -94,7 +79,7 @@ def test_the_whole_stack_comes_up_serves_and_goes_without_a_trace(tmp_path: Path
         assert lines and find(state) == running and not running.expendable
         assert host_state() == before, "the host's network and mounts are as they were"
         asyncio.run(serves(running))
-        everything = of_sandbox(running.pid)
+        everything = family(running.pid)
         assert len(everything) > 30
     finally:
         began = time.monotonic()
@@ -129,7 +114,7 @@ def test_kill_minus_9_of_the_supervisor_leaves_nothing_and_up_works_again(tmp_pa
     before, state = host_state(), tmp_path / "state"
     with sandbox(state) as running:
         asyncio.run(_run_one_pod(running))
-        everything = of_sandbox(running.pid)
+        everything = family(running.pid)
         os.kill(running.pid, signal.SIGKILL)
         wait_for(lambda: not alive(everything), within=1)
         assert host_state() == before and find(state) is None
@@ -145,7 +130,7 @@ async def _run_one_pod(running: Running) -> None:
 @pytest.mark.parametrize("title", ["gameday: control plane", "gameday: fabric", "gameday: launcher", "gameday: addons"])
 def test_the_death_of_an_essential_process_ends_the_sandbox(tmp_path: Path, title: str) -> None:
     with sandbox(tmp_path / "state") as running:
-        everything = of_sandbox(running.pid)
+        everything = family(running.pid)
         (victim,) = set(host_pids(title)) & everything
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda: not alive(everything))
@@ -157,7 +142,7 @@ def test_the_sandbox_ends_with_its_parent(tmp_path: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         running = up(Options(state_dir=tmp_path / "state", bare=True, parent=parent.pid), quiet)
-        everything = of_sandbox(running.pid)
+        everything = family(running.pid)
         parent.kill()
         wait_for(lambda: not alive(everything))
     finally:
@@ -170,8 +155,8 @@ def test_killing_a_machine_takes_all_its_pods_at_once(tmp_path: Path) -> None:
     async def scenario(running: Running) -> None:
         async with living(running, pod("victim")) as life:
             await life.until(lambda s: s.running)
-            (machine,) = set(host_pids("gameday: node node-a-1")) & of_sandbox(running.pid)
-            lost = of_sandbox(machine)
+            (machine,) = set(host_pids("gameday: node node-a-1")) & family(running.pid)
+            lost = family(machine)
             assert len(lost) >= 3, "the machine, its kubelet and the pod"
             os.kill(machine, signal.SIGKILL)
             wait_for(lambda: not alive(lost), within=0.5)
@@ -197,7 +182,7 @@ def test_a_frozen_kubelet_loses_its_node_and_gets_it_back_with_its_pods(tmp_path
     async def scenario(running: Running) -> None:
         async with living(running, pod("steady")) as life:
             await life.until(lambda s: s.ready)
-            (kubelet,) = set(host_pids("gameday: kubelet node-a-1")) & of_sandbox(running.pid)
+            (kubelet,) = set(host_pids("gameday: kubelet node-a-1")) & family(running.pid)
             os.kill(kubelet, signal.SIGSTOP)
             grace = COMPRESSED.node_monitor_grace
             mark = len(life.seen)
@@ -232,7 +217,7 @@ def test_an_interrupted_up_leaves_nothing(tmp_path: Path, sig: signal.Signals, a
         if not after_lines:
             wait_for((state / "supervisor.json").exists)
         pid = json.loads((state / "supervisor.json").read_text())["pid"]
-        everything = of_sandbox(pid)
+        everything = family(pid)
         starter.send_signal(sig)
         starter.wait(timeout=5)
     wait_for(lambda: not alive(everything | {pid}))
