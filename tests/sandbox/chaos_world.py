@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,10 +263,20 @@ def net(**addresses: str) -> Iterator[Net]:
             made.run(name, "ip", "link", "set", f"p-{name}", "name", "eth0")
             made.run(name, "ip", "addr", "add", f"{address}/24", "dev", "eth0")
             made.run(name, "ip", "link", "set", "eth0", "up")
+        _await_all(made, addresses)
         yield made
     finally:
         for fd in made.fds.values():
             os.close(fd)
+
+
+def _await_all(made: Net, addresses: Mapping[str, str]) -> None:
+    """Until everybody reaches everybody: an address that is not resolved at once is asked for again only after 1 s."""
+    pairs = [(one, other) for one in addresses for other in addresses if one != other]
+    end = time.monotonic() + WITHIN
+    while left := [pair for pair in pairs if not made.udp(*pair, addresses[pair[1]])]:
+        assert time.monotonic() < end, f"{left} do not reach each other"
+        pairs = left
 
 
 def _move(made: Net, link: str, fd: int) -> None:
