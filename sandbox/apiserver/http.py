@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import aiohttp
 import orjson
 from aiohttp import web
 
@@ -69,6 +67,10 @@ class Handler:
             answer = await self._answer(request)
         except ApiError as error:
             answer = failure(error)
+        except ConnectionError:
+            if request.transport is not None and not request.transport.is_closing():
+                raise
+            return web.Response()  # the client has gone, also while an answer's head was on its way: nobody reads this
         if "/endpoints" in request.path and not answer.prepared:
             address = paths.parse(request.path)
             if address and (address.group, address.plural) == ("", "endpoints"):
@@ -262,15 +264,14 @@ class Handler:
             await stream.initial(self._core.select(res, target.namespace, query))
             if _flag(request.query, "sendInitialEvents"):
                 await stream.bookmark(initial_end=True)
-        with contextlib.suppress(ConnectionError, aiohttp.ClientError):  # the client has gone
-            try:
-                async with asyncio.timeout(seconds if seconds else WATCH_SECONDS):
-                    await stream.run(self._core.watch(res, target.namespace, query, since))
-            except TimeoutError:
-                await stream.close()
-            except ApiError as error:
-                await response.write(orjson.dumps({"type": "ERROR", "object": errors.status_body(error)}) + b"\n")
-            await response.write_eof()
+        try:
+            async with asyncio.timeout(seconds if seconds else WATCH_SECONDS):
+                await stream.run(self._core.watch(res, target.namespace, query, since))
+        except TimeoutError:
+            await stream.close()
+        except ApiError as error:
+            await response.write(orjson.dumps({"type": "ERROR", "object": errors.status_body(error)}) + b"\n")
+        await response.write_eof()
         return response
 
     # -- writing

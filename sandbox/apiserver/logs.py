@@ -90,6 +90,8 @@ async def _pass(request: web.BaseRequest, answer: aiohttp.ClientResponse) -> web
     try:
         async for chunk in answer.content.iter_any():
             await response.write(chunk)
+    except aiohttp.ClientConnectionResetError:  # the reader has gone
+        raise
     except aiohttp.ClientError:  # the kubelet is gone: the client shall not take this for the log's end
         if request.transport is not None:
             request.transport.abort()

@@ -66,9 +66,9 @@ async def serve(request: web.Request, target: Target, zygote: ZygoteClient) -> w
     socket = web.WebSocketResponse(protocols=PROTOCOLS, max_msg_size=0)
     if not socket.can_prepare(request):
         return web.Response(status=400, text="exec is a WebSocket upgrade here (v5.channel.k8s.io, v4.channel.k8s.io)")
-    await socket.prepare(request)
-    status = await _run(socket, order, wanted, zygote)
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(ConnectionError):  # the client has gone
+        await socket.prepare(request)
+        status = await _run(socket, order, wanted, zygote)
         await socket.send_bytes(bytes([ERROR]) + orjson.dumps(status))
         await socket.close()
     return socket

@@ -156,8 +156,8 @@ async def answer(request: web.Request, source: Source) -> web.StreamResponse:
     except ValueError as bad:
         raise web.HTTPBadRequest(text=str(bad)) from bad
     response = web.StreamResponse(headers={"Content-Type": "text/plain"})
-    await response.prepare(request)
-    with contextlib.suppress(ConnectionResetError):
+    with contextlib.suppress(ConnectionError):  # the reader has gone
+        await response.prepare(request)
         async for piece in read(source, wanted):
             await response.write(piece)
         await response.write_eof()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from pathlib import Path
 
 import pytest
@@ -439,3 +440,21 @@ def test_pages_show_one_snapshot(tmp_path: Path) -> None:
         assert last["metadata"]["resourceVersion"] == first["metadata"]["resourceVersion"]
 
     run(tmp_path, test)
+
+
+def test_clients_that_hang_up_at_once_are_no_errors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A client may go at any point of its request; the log's tracebacks are for what is wrong with the server."""
+
+    async def test(one: Cluster) -> None:
+        port = int(one.url.rpartition(":")[2])
+        trust = ssl.create_default_context(cadata=one.tls.ca_pem)
+        ask = f"GET /api/v1/pods?watch=1 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN}\r\n\r\n"
+        for _ in range(50):
+            _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trust, server_hostname="127.0.0.1")
+            writer.write(ask.encode())
+            writer.close()  # question and farewell arrive together
+        status, _ = await one.raw("GET", "/api/v1/pods")
+        assert status == 200
+
+    run(tmp_path, test)
+    assert not caplog.records
