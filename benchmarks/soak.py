@@ -27,7 +27,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: it
 
 import aiohttp  # noqa: E402
 
-from benchmarks.processes import cost, family  # noqa: E402
+from benchmarks.processes import family, memory  # noqa: E402
 from sandbox import deploy  # noqa: E402
 from sandbox.client import (  # noqa: E402
     NETWORKCHAOS,
@@ -259,7 +259,7 @@ async def soak(running: Running, wanted: int, seed: int, within: float) -> int:
     timeout = aiohttp.ClientTimeout(total=10)
     async with HttpApi(running.api_url, token, ca) as api, aiohttp.ClientSession(timeout=timeout) as session:
         one = Soak(api, running, session, random.Random(seed))
-        _, before = cost(family(running.pid))
+        before = memory(family(running.pid))
         try:
             await one.run(wanted, within)
             left = ""
@@ -272,7 +272,10 @@ async def soak(running: Running, wanted: int, seed: int, within: float) -> int:
         if one.injected:
             times = sorted(one.injected)
             print(f"apply → injected: median {times[len(times) // 2]:.2f} s, worst {times[-1]:.2f} s")
-        print(f"memory: {before:.0f} MiB before, {cost(family(running.pid))[1]:.0f} MiB after")
+        after = memory(family(running.pid))
+        print(f"memory: {sum(before.values()):.0f} MiB before, {sum(after.values()):.0f} MiB after")
+        grown = sorted(after, key=lambda name: before.get(name, 0.0) - after[name])[:5]
+        print("grew most:", ", ".join(f"{name} {before.get(name, 0.0):.0f} → {after[name]:.0f} MiB" for name in grown))
         print(f"LEFT BEHIND: {left}" if left else "nothing was left behind")
         return 1 if left or not done else 0
 

@@ -55,23 +55,33 @@ def pod_labels(pod: Obj, node: Obj | None = None) -> dict[str, str]:
 
 
 def targets(pod: Obj, node: Obj | None = None) -> list[Obj]:
-    """One group per declared container port, or one per container that declares none."""
-    ip = (pod.get("status") or {}).get("podIP")
+    """One group per declared container port, or one per container that declares none; init containers too."""
+    spec, status = pod["spec"], pod.get("status") or {}
+    ip = status.get("podIP")
     if not ip:
         return []
     common = pod_labels(pod, node)
     groups: list[Obj] = []
-    for container in pod["spec"]["containers"]:
-        own = {f"{_PREFIX}pod_container_name": container["name"], f"{_PREFIX}pod_container_image": container["image"]}
-        for port in container.get("ports") or [None]:
-            labels = {**common, **own}
-            address = ip
-            if port is not None:
-                address = f"{ip}:{port['containerPort']}"
-                labels[f"{_PREFIX}pod_container_port_name"] = port.get("name", "")
-                labels[f"{_PREFIX}pod_container_port_number"] = str(port["containerPort"])
-                labels[f"{_PREFIX}pod_container_port_protocol"] = port.get("protocol", "TCP")
-            groups.append({"targets": [address], "labels": labels})
+    for init, part in ((False, "containers"), (True, "initContainers")):
+        statuses = status.get("initContainerStatuses" if init else "containerStatuses") or []
+        ids = {one["name"]: one.get("containerID", "") for one in statuses}
+        for container in spec.get(part) or []:
+            name = container["name"]
+            own = {
+                f"{_PREFIX}pod_container_name": name,
+                f"{_PREFIX}pod_container_id": ids.get(name, ""),
+                f"{_PREFIX}pod_container_image": container["image"],
+                f"{_PREFIX}pod_container_init": str(init).lower(),
+            }
+            for port in container.get("ports") or [None]:
+                labels = {**common, **own}
+                address = ip
+                if port is not None:
+                    address = f"{ip}:{port['containerPort']}"
+                    labels[f"{_PREFIX}pod_container_port_name"] = port.get("name", "")
+                    labels[f"{_PREFIX}pod_container_port_number"] = str(port["containerPort"])
+                    labels[f"{_PREFIX}pod_container_port_protocol"] = port.get("protocol", "TCP")
+                groups.append({"targets": [address], "labels": labels})
     return groups
 
 

@@ -193,6 +193,15 @@ async def eventually(look: Callable[[], Coroutine[Any, Any, Any]], within: float
     return found
 
 
+def until(what: Callable[[], Any], within: float = 30.0) -> Any:
+    """The first true answer of `what`, of tests that have no event loop."""
+    deadline = time.monotonic() + within
+    while not (found := what()):
+        assert time.monotonic() < deadline, f"not so within {within} s"
+        time.sleep(0.1)
+    return found
+
+
 @contextlib.asynccontextmanager
 async def api_of(running: Running) -> AsyncIterator[HttpApi]:
     state = Path(running.state_dir)

@@ -7,8 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from chaosk8s.node import actions as node_actions, probes as node_probes
 from chaosk8s.pod import actions as pod_actions, probes as pod_probes
 from chaoslib.exceptions import ActivityFailed
 from kubernetes import client, config, dynamic, watch
-from nodes_world import PYTHON, READINESS, SERVER, sandbox
+from nodes_world import PYTHON, READINESS, SERVER, sandbox, until
 
 from sandbox.up import Running
 
@@ -74,14 +73,6 @@ def api(running: Running) -> Iterator[client.ApiClient]:
         core.patch_node(node.metadata.name, {"spec": {"unschedulable": None}})
     until(lambda: not core.list_namespaced_pod("default").items)
     loaded.close()
-
-
-def until(what: Callable[[], Any], within: float = 30.0) -> Any:
-    deadline = time.monotonic() + within
-    while not (found := what()):
-        assert time.monotonic() < deadline, f"not so within {within} s"
-        time.sleep(0.1)
-    return found
 
 
 def pods(api: client.ApiClient) -> list[Any]:
