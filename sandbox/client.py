@@ -132,6 +132,7 @@ class Api(Protocol):
         ...
 
 
+_RETRIES, _RETRY_SECONDS = 10, 5  # as client-go tries; no wait longer than this
 _PATCH = {
     "merge": "application/merge-patch+json",
     "strategic": "application/strategic-merge-patch+json",
@@ -169,17 +170,25 @@ class HttpApi:
         params: Mapping[str, str] | None = None,
         content: str = "application/json",
     ) -> Obj:
+        """One request; again where the server says when, as client-go does: a kind whose storage is not ready yet."""
         assert self._session is not None, "HttpApi is an async context manager"
-        async with self._session.request(
-            method,
-            self._server + path,
-            data=None if body is None else orjson.dumps(body),
-            params=params,
-            headers={"Content-Type": content} if body is not None else None,
-            timeout=aiohttp.ClientTimeout(total=30),
-        ) as answer:
-            raw = await answer.read()
-            return self._object(answer.status, raw)
+        tries = 0
+        while True:
+            tries += 1
+            async with self._session.request(
+                method,
+                self._server + path,
+                data=None if body is None else orjson.dumps(body),
+                params=params,
+                headers={"Content-Type": content} if body is not None else None,
+                timeout=aiohttp.ClientTimeout(total=30),
+            ) as answer:
+                raw = await answer.read()
+                later = answer.headers.get("Retry-After", "")
+                budget = path.endswith("/eviction")  # its 429 is an answer: the caller's to weigh
+                if answer.status != 429 or not later.isdigit() or budget or tries > _RETRIES:
+                    return self._object(answer.status, raw)
+            await asyncio.sleep(min(int(later), _RETRY_SECONDS))
 
     @staticmethod
     def _object(status: int, raw: bytes) -> Obj:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 VERSION = "v1.36.0+gameday"
 MEMORY_BYTES = 32 * 2**30
 ALLOCATABLE = {"cpu": "8", "memory": f"{MEMORY_BYTES >> 30}Gi", "ephemeral-storage": "100Gi", "pods": "50"}
+FEATURES = ("ExtendWebSocketsToKubelet",)  # exec comes as a WebSocket, not as SPDY (kube-apiserver 1.36 asks for this)
 _CONDITIONS = (
     ("MemoryPressure", "False", "KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
     ("DiskPressure", "False", "KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
@@ -63,6 +64,7 @@ def node(machine: Machine, address: str) -> Obj:
             "addresses": [{"type": "InternalIP", "address": address}, {"type": "Hostname", "address": machine.name}],
             "daemonEndpoints": {"kubeletEndpoint": {"Port": network.KUBELET_PORT}},
             "nodeInfo": _info(machine.name),
+            "declaredFeatures": list(FEATURES),
             "conditions": conditions(),
         },
     }
