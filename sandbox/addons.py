@@ -13,11 +13,11 @@ from typing import Any
 import orjson
 import uvloop
 
-from sandbox import dns, prometheus, repair, unenforced
+from sandbox import dns, prometheus, repair
 from sandbox.chaos import controller
 from sandbox.client import SERVICES, ApiError, HttpApi
 from sandbox.discovery import Discovery
-from sandbox.node.network import API_URL, DNS_ADDRESS, DNS_PORT
+from sandbox.node.network import API_URL, DNS_ADDRESS, DNS_PORT, OUTSIDE
 from sandbox.options import Clocks
 from sandbox.relay import Endpoints, Relay
 
@@ -59,11 +59,10 @@ async def _run(config: Config, target: socket.socket, prometheus_sock: socket.so
         work: list[Coroutine[Any, Any, None]] = [
             controller.run(api),  # its definitions are installed by the supervisor
             repair.run(api, config.clocks),
-            unenforced.run(api),
             dns.Server(api).serve(DNS_ADDRESS, DNS_PORT),
             Discovery(api).serve("127.0.0.1", prometheus.DISCOVERY_PORT),
             endpoints.run(),
-            Relay(lambda: endpoints.ready).serve(target),
+            Relay(lambda: endpoints.ready, OUTSIDE).serve(target),
             Relay(lambda: [("127.0.0.1", prometheus.PORT)]).serve(prometheus_sock),
             _announce(api, target.getsockname()[1]),
         ]

@@ -105,8 +105,9 @@ class _Pipe(asyncio.Protocol):
 class Relay:
     """Relays a listening socket to whatever `backends` names at the time of each new connection."""
 
-    def __init__(self, backends: Callable[[], Sequence[Address]]) -> None:
-        self._backends = backends
+    def __init__(self, backends: Callable[[], Sequence[Address]], source: str = "") -> None:
+        """`source`: the address that backends see; "": the one by which they are reached."""
+        self._backends, self._source = backends, source
         self._turn = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -121,6 +122,21 @@ class Relay:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def _dial(self, backend: Address) -> _Pipe:
+        loop = asyncio.get_running_loop()
+        if not self._source:
+            return (await loop.create_connection(_Pipe, *backend))[1]
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            # The port is chosen by connect(): backends may share it, or the relay would run out of ports.
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((self._source, 0))
+            await loop.sock_connect(sock, backend)
+        except BaseException:
+            sock.close()
+            raise
+        return (await loop.create_connection(_Pipe, sock=sock))[1]
+
     async def _connect(self, client: _Pipe) -> None:
         backends = self._backends()
         first = next(self._turn)
@@ -128,7 +144,7 @@ class Relay:
             host, port = backends[(first + step) % len(backends)]
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
-                    _, upstream = await asyncio.get_running_loop().create_connection(_Pipe, host, port)
+                    upstream = await self._dial((host, port))
             except (OSError, TimeoutError) as unreachable:
                 log.debug("backend %s:%d: %s", host, port, unreachable)
                 continue

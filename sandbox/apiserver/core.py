@@ -181,9 +181,6 @@ class Core:
         defaults.apply(res, obj, self)
         validation.check_create(res, obj, self._check_kind(res, obj))
         strategy.admit_create(self, res, obj, write.user)
-        text = strategy.warning(res)
-        if text and write.validation != "Ignore":
-            write.warnings.append(text)
         if self.store.get(res.key, namespace, meta["name"]) is not None:
             raise self._exists(res, namespace, meta["name"])
         obj = _ordered(obj)

@@ -161,6 +161,22 @@ def labels(values: Obj | None, field: str) -> list[Cause]:
     return causes
 
 
+def label_selector(selector: Obj, field: str) -> list[Cause]:
+    causes = []
+    for i, expr in enumerate(selector.get("matchExpressions") or []):
+        at = f"{field}.matchExpressions[{i}]"
+        operator = expr.get("operator")
+        if operator not in ("In", "NotIn", "Exists", "DoesNotExist"):
+            causes.append(invalid(f"{at}.operator", operator or "", "not a valid selector operator"))
+        elif operator in ("In", "NotIn") and not expr.get("values"):
+            causes.append(required(f"{at}.values", "must be specified when `operator` is 'In' or 'NotIn'"))
+        elif operator in ("Exists", "DoesNotExist") and expr.get("values"):
+            causes.append(
+                forbidden(f"{at}.values", "may not be specified when `operator` is 'Exists' or 'DoesNotExist'")
+            )
+    return causes + labels(selector.get("matchLabels"), f"{field}.matchLabels")
+
+
 def _annotations(values: Obj | None, field: str) -> list[Cause]:
     causes = []
     for key in values or {}:

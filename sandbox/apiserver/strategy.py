@@ -54,8 +54,6 @@ _GENERATIONS = frozenset(
 )
 # Nothing in the sandbox acts on these; accepting them would be a lie.
 UNSUPPORTED = frozenset({"PersistentVolume", "ReplicationController", "Ingress", "StorageClass"})
-# Stored, so that manifests can be applied; the client is warned that they have no effect.
-_INERT = frozenset({"NetworkPolicy"})
 # Kinds whose rules look into `spec`: it is there, if empty, as a Go struct is.
 _WITH_SPEC = frozenset(
     {
@@ -96,13 +94,6 @@ _VERSION_ON_UPDATE = frozenset({"Lease", "PodDisruptionBudget", "CustomResourceD
 _GENERATION_COUNTS = {"Deployment": "annotations", "EndpointSlice": "labels"}
 _FINALIZERS = {"PersistentVolumeClaim": ("kubernetes.io/pvc-protection",)}  # until no pod uses it: see its controller
 _NOT_READY = "node.kubernetes.io/not-ready"
-
-
-def warning(res: Resource) -> str | None:
-    """What whoever writes this kind should know."""
-    if res.custom is not None or res.kind not in _INERT:
-        return None
-    return f"the sandbox stores {res.kind} objects, but nothing in it acts on them"
 
 
 def creates_on_update(res: Resource) -> bool:

@@ -10,6 +10,7 @@ from zoneinfo import available_timezones
 
 from sandbox.apiserver import errors
 from sandbox.apiserver.errors import Cause
+from sandbox.apiserver.policies import network_policy
 from sandbox.apiserver.resources import Resource
 from sandbox.apiserver.rules import (
     CONFIG_KEY,
@@ -18,6 +19,7 @@ from sandbox.apiserver.rules import (
     full,
     invalid,
     label,
+    label_selector,
     labels,
     metadata,
     missing,
@@ -277,19 +279,7 @@ def _selector(spec: Obj, field: str = "spec.selector") -> list[Cause]:
     selector = spec.get("selector")
     if selector is None:
         return [required(field)]
-    causes = []
-    for i, expr in enumerate(selector.get("matchExpressions") or []):
-        at = f"{field}.matchExpressions[{i}]"
-        operator = expr.get("operator")
-        if operator not in ("In", "NotIn", "Exists", "DoesNotExist"):
-            causes.append(invalid(f"{at}.operator", operator or "", "not a valid selector operator"))
-        elif operator in ("In", "NotIn") and not expr.get("values"):
-            causes.append(required(f"{at}.values", "must be specified when `operator` is 'In' or 'NotIn'"))
-        elif operator in ("Exists", "DoesNotExist") and expr.get("values"):
-            causes.append(
-                forbidden(f"{at}.values", "may not be specified when `operator` is 'Exists' or 'DoesNotExist'")
-            )
-    causes += labels(selector.get("matchLabels"), f"{field}.matchLabels")
+    causes = label_selector(selector, field)
     if not selector.get("matchLabels") and not selector.get("matchExpressions"):
         why = "empty selector is invalid for "
         causes.append(invalid(field, {}, why + "deployment"))
@@ -601,6 +591,7 @@ _KINDS: dict[str, Callable[[Obj], list[Cause]]] = {
     "EndpointSlice": _endpointslice,
     "Endpoints": _endpoints,
     "Event": _event,
+    "NetworkPolicy": network_policy,
 }
 
 

@@ -27,6 +27,7 @@ from sandbox.node import exec as exec_, images, kernel_log, latency, logs, netwo
 from sandbox.node.cgroups import Group
 from sandbox.node.container import Container
 from sandbox.node.events import Recorder
+from sandbox.node.firewall import Firewall
 from sandbox.node.network import API_URL, KUBELET_PORT, PodNetworks
 from sandbox.node.pod import GPU, Pod
 from sandbox.node.probes import Outcome
@@ -130,6 +131,7 @@ class Agent:
             "GAMEDAY_MODEL_LOAD_SECONDS": f"{machine.clocks.model_load:g}",
         }
         self.proxy = services.Proxy(api)
+        self.firewall = Firewall(api, lambda: [(pod.obj, pod.ip) for pod in self._pods.values() if pod.ip])
         self._pods: dict[str, Pod] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._shapers = 0
@@ -208,6 +210,7 @@ class Agent:
                 known.removed()
         elif known:
             known.update(obj)
+            self.firewall.touch()
         elif (obj.get("status") or {}).get("phase") not in ("Succeeded", "Failed") or _deleted(obj):
             self._spawn(self._run_pod(obj))
 
@@ -226,6 +229,7 @@ class Agent:
             await pod.run()
         finally:
             del self._pods[pod.uid]
+            self.firewall.touch()
             self.recorder.forget(pod.uid)
 
     async def _reject(self, obj: Obj, reason: str, why: str) -> None:
@@ -371,6 +375,7 @@ class Agent:
         self.zygote.start()
         await self.register()
         self._spawn(self.proxy.run())
+        self._spawn(self.firewall.run())
         with contextlib.suppress(TimeoutError):  # what hinders it is logged, again and again
             async with asyncio.timeout(_SERVICES_SECONDS):
                 await self.proxy.synced.wait()

@@ -27,7 +27,8 @@ NODE_BITS = 16
 GATEWAY = "10.244.0.1"  # the API server's own address
 API_PORT = 6443
 API_URL = f"https://{GATEWAY}:{API_PORT}"
-DNS_ADDRESS, DNS_PORT = ROUTER, 53
+DNS_ADDRESS, DNS_PORT = "10.244.0.10", 53  # of no machine, as the API server's
+OUTSIDE = "203.0.113.1"  # where the clients of the load balancer seem to be: neither pod nor machine
 KUBELET_PORT = 10250
 
 
@@ -39,7 +40,8 @@ def build_fabric() -> None:
         net.up("lo")
         net.bridge(BRIDGE, "0a:58:0a:f5:00:01")
         net.address(BRIDGE, f"{ROUTER}/{NODE_BITS}")
-        net.address(BRIDGE, f"{GATEWAY}/32")
+        for address in (GATEWAY, DNS_ADDRESS, OUTSIDE):
+            net.address(BRIDGE, f"{address}/32")
         net.up(BRIDGE)
     # With br_netfilter loaded, bridged packets would walk through the host's iptables chains.
     with contextlib.suppress(FileNotFoundError):

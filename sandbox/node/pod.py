@@ -17,6 +17,7 @@ from sandbox.controllers.objects import milli
 from sandbox.node import cgroups, node_status, resolver, security, status
 from sandbox.node.cgroups import Group
 from sandbox.node.container import BackOff, Container
+from sandbox.node.firewall import NotCovered
 from sandbox.node.mounts import Mount
 from sandbox.node.network import PodNet
 from sandbox.node.services import variables
@@ -198,8 +199,11 @@ class Pod:
         self.changed()
         while not self.stopping:
             try:
+                await self.agent.firewall.cover(self.uid)  # no packet before that
                 await self.volumes.prepare()
                 return True
+            except NotCovered as reason:
+                self.event("Warning", "FailedCreatePodSandBox", str(reason))
             except NotReady as reason:
                 self.event("Warning", "FailedMount", str(reason))
             except (aiohttp.ClientError, OSError, TimeoutError) as lost:

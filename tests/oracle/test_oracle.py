@@ -15,7 +15,6 @@ ORACLE = ROOT.parent / "shared" / "oracle" / "oracle.py"
 REFUSED = {
     "crd-cel-rules": "CEL rules are not supported",
     "crd-invalid": "CEL rules are not supported",
-    "crud-networkpolicy": "nothing in it acts on them",
 }
 
 

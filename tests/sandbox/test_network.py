@@ -13,10 +13,9 @@ from nodes_world import PYTHON, Life, api_of, eventually, living, pod, printed, 
 
 from sandbox import dns
 from sandbox.chaos.traffic import Netem, Rule
-from sandbox.client import ENDPOINTSLICES, EVENTS, NODES, SERVICES, HttpApi, Obj
+from sandbox.client import ENDPOINTSLICES, NODES, SERVICES, HttpApi, Obj
 from sandbox.node import latency, resolver
 from sandbox.node.services import Port, addresses, ports, script, variables
-from sandbox.unenforced import NETWORKPOLICIES
 from sandbox.up import Running
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -275,22 +274,6 @@ def test_a_pod_that_is_gone_from_a_living_machine_is_unreachable(running: Runnin
     async def scenario() -> None:
         code = f"{ASK}\ntry: print(ask('10.244.2.251', 8000, 9))\nexcept OSError as error: print(error.errno)"
         assert await said(running, client("nobody", code)) == ["113"]
-
-    asyncio.run(scenario())
-
-
-def test_a_network_policy_is_told_that_nobody_acts_upon_it(running: Running) -> None:
-    async def scenario() -> None:
-        async with api_of(running) as api:
-            meta = {"name": "deny", "namespace": "default"}
-            policy = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": meta}
-            await api.create(NETWORKPOLICIES, {**policy, "spec": {"podSelector": {}}}, "default")
-
-            async def told() -> list[Obj]:
-                return (await api.list(EVENTS, "default", fields="involvedObject.name=deny"))[0]
-
-            (event,) = await eventually(told)
-            assert (event["reason"], event["type"]) == ("NotEnforced", "Warning")
 
     asyncio.run(scenario())
 
