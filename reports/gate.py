@@ -81,10 +81,11 @@ class Gate:
     findings: tuple[Compared, ...]
     notes: tuple[str, ...] = ()
     strict: bool = False
+    missing: tuple[str, ...] = ()  # trials that were asked for and never ran, in words
 
     @property
     def passed(self) -> bool:
-        sound = bool(self.judgements) and all(j.passed for j in self.judgements)
+        sound = bool(self.judgements) and all(j.passed for j in self.judgements) and not self.missing
         return sound and not self.regressed and not (self.strict and self.unknown)
 
     @property
@@ -105,7 +106,8 @@ class Gate:
     def _lines(self) -> list[str]:
         judged = [(str(j.verdict), j.experiment, "; ".join(words.reasons(j))) for j in self.judgements]
         compared = [f.row for f in sorted(self.findings, key=lambda f: -f.status.rank)]
-        return [*_aligned(judged), *_aligned(compared), *(f"NOTE  {note}" for note in self.notes)]
+        absent = (f"{Verdict.INCONCLUSIVE}  {told}" for told in self.missing)
+        return [*_aligned(judged), *absent, *_aligned(compared), *(f"NOTE  {note}" for note in self.notes)]
 
     @property
     def markdown(self) -> str:
@@ -115,7 +117,7 @@ class Gate:
     def _decision(self) -> str:
         verdicts_ = words.tally(j.verdict for j in self.judgements) or "no experiment"
         compared = sum(f.status is not Verdict.INCONCLUSIVE for f in self.findings)
-        told = [verdicts_, f"{len(self.regressed)} of {compared} compared regressed"]
+        told = [verdicts_, *self.missing, f"{len(self.regressed)} of {compared} compared regressed"]
         if self.unknown:
             told.append(f"{len(self.unknown)} not compared{', which is asked for' if self.strict else ''}")
         return f"gate {'open' if self.passed else 'CLOSED'}: {' · '.join(told)}"
@@ -143,7 +145,15 @@ def gate(
     for one in now:
         if one.like is not None and one.judgement.passed:
             findings += _compare(one, _baselines(one.like, past, last), by, need)
-    return Gate(current.name, tuple(one.judgement for one in now), tuple(findings), _notes(now, past), strict)
+    absent = tuple(_absent(verdicts.entries(current)))
+    return Gate(current.name, tuple(one.judgement for one in now), tuple(findings), _notes(now, past), strict, absent)
+
+
+def _absent(entries: Sequence[verdicts.Entry]) -> Iterator[str]:
+    """Trials without a record, in words: of five that were asked for, the one that ran says little."""
+    for pooled in verdicts.trials(entries):
+        if pooled.missing:
+            yield f"{pooled.experiment}: {pooled.missing} of {pooled.of} trials never ran"
 
 
 def history(current: Path) -> tuple[Path, ...]:

@@ -324,3 +324,11 @@ def test_how_often_it_is_wrong(grown: float, least: float, most: float) -> None:
         return rng.gauss(grown, 0.05) - noise.top > 0.1 * noise.centre
 
     assert least <= statistics.fmean(regressed() for _ in range(2000)) <= most
+
+
+def test_trials_that_never_ran_close_the_gate(tmp_path: Path) -> None:
+    """Of five trials one ran, and passed: `junit.xml` called that an error, the gate was open."""
+    asked = run(tmp_path, 1, settings={**synthetic.ABOUT.settings, "trials": "5"})
+    found = gate(asked, [], by=0.1, last=10)
+    assert not found.passed and "zone_outage: 4 of 5 trials never ran" in found.story.splitlines()[-1]
+    assert "INCONCLUSIVE  zone_outage: 4 of 5 trials never ran" in found.story
