@@ -379,3 +379,13 @@ def test_load_that_ends_before_the_window_shows_no_recovery() -> None:
     assert asked.judge(run, Phase.AFTER).status is PASS
     found = asked.judge(short, Phase.AFTER)
     assert found.status is OPEN and "the load ended before the window" in found.evidence
+
+
+def test_a_pod_that_served_nobody_before_shows_nothing_by_dying() -> None:
+    """Sticky sessions, or a balancer of connections: the killed pod had had no request, and the run was green."""
+    run = Plant().build()
+    elsewhere = replace(run, replies=tuple(replace(r, pod="engine-a", zone="a") for r in run.replies))
+    judged = judge(elsewhere, ASKED)
+    assert judged.verdict is OPEN and "none from those that were broken" in why(judged)
+    through = replace(run, replies=tuple(replace(r, pod="engine-a", via="engine-b") for r in run.replies))
+    assert "none from those" not in why(judge(through, ASKED)), "a gateway that is broken carried it"
