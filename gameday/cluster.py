@@ -79,10 +79,10 @@ class Pod:
     labels: Mapping[str, str]
     gpus: int
     host_network: bool
-    ports: tuple[int, ...]
+    ports: tuple[int, ...]  # TCP, that of the main container's service first
     restarts: int
     owner: str  # "ReplicaSet/my-llama32-6d4f", "" for a bare pod
-    container: str  # its first
+    container: str  # its main one
     waiting: str  # the reason for which a container waits, "" when none does
     grace: int = 30  # seconds that it asks for to end gracefully
 
@@ -114,7 +114,7 @@ class Workload:
     uid: str
     replicas: int
     max_unavailable: int  # pods that its strategy takes away at once
-    images: Mapping[str, str]  # container → image
+    images: Mapping[str, str]  # container → image, the main one first
 
 
 @dataclass(frozen=True, slots=True)
@@ -497,6 +497,7 @@ def to_node(obj: Obj) -> Node:
 
 def to_pod(obj: Obj, zones: Mapping[str, str]) -> Pod:
     meta, spec, status = obj["metadata"], obj.get("spec", {}), obj.get("status", {})
+    containers = _main_first(meta, spec)
     conditions = {c["type"]: c.get("status") for c in status.get("conditions") or []}
     statuses = status.get("containerStatuses") or []
     owners = meta.get("ownerReferences") or []
@@ -512,23 +513,43 @@ def to_pod(obj: Obj, zones: Mapping[str, str]) -> Pod:
         ready=conditions.get("Ready") == "True" and "deletionTimestamp" not in meta,
         terminating="deletionTimestamp" in meta,
         labels=meta.get("labels") or {},
-        gpus=sum(
-            int((c.get("resources", {}).get("limits") or {}).get("nvidia.com/gpu", 0))
-            for c in spec.get("containers", [])
-        ),
+        gpus=sum(_gpus(c) for c in containers),
         host_network=bool(spec.get("hostNetwork")),
-        ports=tuple(
-            port["containerPort"]
-            for c in spec.get("containers", [])
-            for port in c.get("ports") or []
-            if port.get("protocol", "TCP") == "TCP"
-        ),
+        ports=tuple(dict.fromkeys(port for c in containers for port in _ports(c))),
         restarts=sum(s.get("restartCount", 0) for s in statuses),
         owner=f"{owners[0]['kind']}/{owners[0]['name']}" if owners else "",
-        container=spec["containers"][0]["name"] if spec.get("containers") else "",
+        container=containers[0]["name"] if containers else "",
         waiting=waiting[0] if waiting else "",
         grace=int(spec.get("terminationGracePeriodSeconds", 30)),
     )
+
+
+MAIN = "kubectl.kubernetes.io/default-container"  # annotation; Istio writes it when it puts its own container first
+
+
+def _main_first(meta: Obj, spec: Obj) -> Objs:
+    """The containers, first the one that a fault of the engine is about: it has the GPUs, or is the default one."""
+    named = (meta.get("annotations") or {}).get(MAIN)
+    containers: Objs = spec.get("containers") or []
+    return sorted(containers, key=lambda c: (_gpus(c) == 0, c["name"] != named))
+
+
+def _gpus(container: Obj) -> int:
+    return int(((container.get("resources") or {}).get("limits") or {}).get("nvidia.com/gpu", 0))
+
+
+def _ports(container: Obj) -> tuple[int, ...]:
+    """The TCP ports that it declares, first the one that is probed; the probed ones where it declares none.
+
+    To declare them is optional. A mesh moves probes to a port of its own, which nobody declares.
+    """
+    tcp = [port for port in container.get("ports") or [] if port.get("protocol", "TCP") == "TCP"]
+    declared: dict[int, str] = {port["containerPort"]: port.get("name", "") for port in tcp}
+    by_name = {name: number for number, name in declared.items() if name}
+    probes = (container.get(f"{kind}Probe") or {} for kind in ("readiness", "liveness", "startup"))
+    asked = [probe[how].get("port") for probe in probes for how in ("httpGet", "tcpSocket", "grpc") if how in probe]
+    probed = [port for one in asked if isinstance(port := by_name.get(one, one), int)]
+    return (*(port for port in probed if port in declared or not declared), *declared)
 
 
 def to_workload(obj: Obj) -> Workload:
@@ -539,7 +560,7 @@ def to_workload(obj: Obj) -> Workload:
         allowed = replicas
     elif isinstance(allowed, str):
         allowed = replicas * int(allowed.rstrip("%")) // 100
-    containers = spec["template"]["spec"].get("containers") or []
+    containers = _main_first(spec["template"].get("metadata") or {}, spec["template"]["spec"])
     images = {container["name"]: container.get("image", "") for container in containers}
     return Workload(meta["name"], meta["namespace"], meta["uid"], replicas, min(replicas, int(allowed)), images)
 
