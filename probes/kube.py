@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from faults.act import records
@@ -53,7 +53,9 @@ class Watcher:
         self._ending: dict[str, float] = {}  # uid → when it was seen to be deleted
         self._born: dict[str, float] = {}  # uid → when the watch first saw it; pods that were there are not in it
         self._nodes: dict[str, Node] = {}  # by uid
-        self._endpoints: dict[tuple[str, str], EndpointMark] = {}
+        self._endpoints: dict[tuple[str, str], EndpointMark] = {}  # (Service, pod)
+        self._slices: dict[str, dict[str, EndpointMark]] = {}  # slice → pod: a Service may have several
+        self._owners: dict[str, float] = {}  # owner of pods → when its first pod was seen
         self._records: dict[tuple[str, str], str] = {}
         self._events: set[tuple[str, int]] = set()
         self._targets: frozenset[str] = frozenset()
@@ -158,12 +160,18 @@ class Watcher:
         return Seen(acts, acts, going[0] if going else clock.now(), since, told)
 
     def newborn(self, deployment: str, since: float) -> Seen:
-        """Whether a pod of the Deployment has been born since then."""
+        """Whether a pod of the Deployment has been born since then, of a ReplicaSet that is as young.
+
+        One of the former ReplicaSet is born whenever an autoscaler, or a death, asks for it: that is no rollout.
+        """
         with self._lock:
             born = sorted(
                 (at, self._pods[uid].name)
                 for uid, at in self._born.items()
-                if at >= since and uid in self._pods and deployment_of(self._pods[uid].owner) == deployment
+                if at >= since
+                and uid in self._pods
+                and deployment_of(owner := self._pods[uid].owner) == deployment
+                and self._owners[owner] >= since
             )
         if not born:
             return Seen(False, False, 0, 0, f"no new pod of Deployment {deployment} was seen")
@@ -202,6 +210,7 @@ class Watcher:
             return
         self._pods[pod.uid] = pod
         if old is None:
+            self._owners.setdefault(pod.owner, clock.now())
             if fresh:
                 self._born[pod.uid] = clock.now()
             self._mark(pod, "created" if fresh else "exists")
@@ -241,24 +250,34 @@ class Watcher:
     # ── endpoints ───────────────────────────────────────────────────────────────────────────
 
     def _on_slice(self, event: Watched, fresh: bool) -> None:
+        """A Service has several slices where it has many pods, two address families, or ports that differ."""
         service = event.object["metadata"].get("labels", {}).get("kubernetes.io/service-name", "")
+        name = event.object["metadata"]["name"]
         endpoints = [] if event.type == "DELETED" else event.object.get("endpoints") or []
-        seen = set()
-        for endpoint in endpoints:
-            if "targetRef" not in endpoint:
-                continue
-            mark = self._endpoint(service, endpoint)
-            key = (service, mark.pod)
-            seen.add(key)
-            old = self._endpoints.get(key)
-            if old is None or (old.ready, old.serving, old.terminating) != (mark.ready, mark.serving, mark.terminating):
-                self._endpoints[key] = mark
-                self._emit(mark)
-        for key in [key for key in self._endpoints if key[0] == service and key not in seen]:
-            old = self._endpoints.pop(key)
-            target = old.pod in self._targets
-            out = EndpointMark(clock.now(), service, old.pod, False, False, present=False, zone=old.zone, target=target)
-            self._emit(out)
+        was = self._slices.get(name, {})
+        made = (self._endpoint(service, endpoint) for endpoint in endpoints if "targetRef" in endpoint)
+        self._slices[name] = now = {mark.pod: mark for mark in made}
+        if event.type == "DELETED":
+            del self._slices[name]
+        for pod in (*now, *(pod for pod in was if pod not in now)):
+            self._rotation(service, pod)
+
+    def _rotation(self, service: str, pod: str) -> None:
+        """Emit what changed of a pod in a Service: it is ready where any slice says so, and out when none has it."""
+        found = [one[pod] for one in self._slices.values() if pod in one and one[pod].service == service]
+        key, old = (service, pod), self._endpoints.get((service, pod))
+        if not found:
+            if old is not None:
+                del self._endpoints[key]
+                target = pod in self._targets
+                self._emit(
+                    EndpointMark(clock.now(), service, pod, False, False, present=False, zone=old.zone, target=target)
+                )
+            return
+        mark = max(found, key=lambda one: (one.ready, one.serving, not one.terminating))
+        if old is None or (old.ready, old.serving, old.terminating) != (mark.ready, mark.serving, mark.terminating):
+            self._endpoints[key] = mark
+            self._emit(replace(mark, t=clock.now(), target=pod in self._targets))
 
     def _endpoint(self, service: str, endpoint: Obj) -> EndpointMark:
         conditions = endpoint.get("conditions", {})

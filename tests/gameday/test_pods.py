@@ -1,4 +1,4 @@
-"""Which container of a pod is the engine, and where it listens: real pods carry sidecars, and declare what they like."""
+"""Which container of a pod is the engine, and where it listens: real pods carry sidecars, and declare what they want."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,42 @@ def test_only_a_pod_of_that_deployment_born_since_then_proves_a_rollout() -> Non
     seen = watch.newborn("engine", harm)
     assert seen.settled and "new" in seen.detail and seen.since >= harm
     assert not watch.newborn("engine", clock.now() + 1).holds
+
+
+def test_a_pod_of_the_former_replicaset_is_no_rollout() -> None:
+    """A paused Deployment takes a new template and does nothing; an autoscaler's next pod proved it all the same."""
+    watch = watcher()
+    watch._on_pod(Watched("ADDED", pod("old")), False)
+    harm = clock.now()
+    watch._on_pod(Watched("ADDED", pod("scaled-up")), True)
+    assert not watch.newborn("engine", harm).holds
+
+
+def endpoints(name: str, *pods: str, ready: bool = True) -> Any:
+    metadata = {"name": name, "labels": {"kubernetes.io/service-name": "chat"}}
+    made = [{"targetRef": {"name": p, "namespace": "llm"}, "conditions": {"ready": ready}} for p in pods]
+    return {"metadata": metadata, "endpoints": made}
+
+
+def test_each_of_a_services_slices_speaks_for_its_own_pods() -> None:
+    """Two slices (dual stack, many pods): an event of one took all pods of the other out of rotation."""
+    marks: list[Any] = []
+    nobody: Any = SimpleNamespace(namespace="llm")
+    watch = Watcher(nobody, {"app": "engine"}, "engine", marks.append)
+    for slice_ in (endpoints("v4", "e1", "e2"), endpoints("v6", "e1"), endpoints("more", "e3")):
+        watch._on_slice(Watched("ADDED", slice_), True)
+    assert [(mark.pod, mark.ready) for mark in marks] == [("llm/e1", True), ("llm/e2", True), ("llm/e3", True)]
+    marks.clear()
+    watch._on_slice(Watched("MODIFIED", endpoints("v4", "e2")), True)
+    assert marks == [], "e1 is in another slice still"
+    watch._on_slice(Watched("MODIFIED", endpoints("v6", "e1", ready=False)), True)
+    watch._on_slice(Watched("DELETED", endpoints("more", "e3")), True)
+    watch._on_slice(Watched("MODIFIED", endpoints("v6")), True)
+    assert [(mark.pod, mark.ready, mark.present) for mark in marks] == [
+        ("llm/e1", False, True),
+        ("llm/e3", False, False),
+        ("llm/e1", False, False),
+    ]
 
 
 def test_a_drain_acts_when_the_watch_has_seen_all_of_its_cordons() -> None:
