@@ -1,4 +1,4 @@
-"""Which container of a pod is the engine, and where it listens: real pods carry sidecars, and declare what they want."""
+"""Which container of a pod is the engine, and where it listens: real pods have sidecars, and declare what they like."""
 
 from __future__ import annotations
 
