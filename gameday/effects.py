@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults.base import Act, Cordoned, Cut, Dead, Detected, Evict, Job, Mute, Newborn, Plan
+from faults.base import Act, Cordoned, Cut, Dead, Detected, Evict, Job, Mute, Newborn, Plan, Seeable
 from gameday import clock
 from gameday.cluster import Cluster, Node
 from gameday.ledger import strays
@@ -11,6 +11,7 @@ from gameday.tape import Tape
 from probes.kube import Watcher
 from probes.reach import EVERY, LOST, Reach, Seen
 
+SETTLES_WITHIN = 5.0  # seconds in which a prober that had missed a connection may still make it
 SHOWN_WITHIN = 10.0  # seconds for the watches to show what an act that has ended did
 GONE_WITHIN = 10.0  # seconds after the undo until the effect must be seen to be gone
 
@@ -44,6 +45,21 @@ class Effects:
             told = f"the watch does not show {', '.join(sorted(unseen))}, which is to be reset: nothing was injected"
             self._tape.stop("inconclusive", told)
         return not unseen
+
+    def provable(self) -> bool:
+        """Right before the harm, too: whether the probers could see it (else the stop is set). What nobody could prove
+        is not done: it would hurt for nothing."""
+        proofs = [proof for act in self._plan.acts if isinstance(proof := getattr(act, "proof", None), Seeable)]
+        until = clock.now() + SETTLES_WITHIN
+        self._reach.settle()
+        while why := next((told for proof in proofs if (told := self._reach.blind(proof))), ""):
+            if clock.now() > until:
+                self._tape.stop("inconclusive", f"nothing was injected, since its effect could not be seen: {why}")
+            if self._tape.stopped:
+                return False
+            clock.pause(EVERY, self._tape.stopping)
+            self._reach.settle()
+        return True
 
     def prove_all(self, since: clock.Instant) -> bool:
         """After the last act: the effect of all of them together, where the acts have no proofs of their own."""
@@ -169,10 +185,10 @@ class Effects:
             if isinstance(proof, Mute) and not self._watcher.exist(proof.pods):
                 self._tape.mark(Step.GONE, True, what, "the pods that were mute are gone")
                 continue
-            until, seen = clock.now() + GONE_WITHIN, self._reach.look_gone(proof, self._watcher.ready_keys())
+            until, seen = clock.now() + GONE_WITHIN, self._reach.look_gone(proof, self._watcher.ready_at())
             while not seen.settled and clock.now() < until:
                 clock.pause(EVERY / 2)
-                seen = self._reach.look_gone(proof, self._watcher.ready_keys())
+                seen = self._reach.look_gone(proof, self._watcher.ready_at())
             self._tape.mark(Step.GONE, seen.settled, what, seen.detail)
         if not seeable:
             kinds = [one for one in strays(cluster, run) if one.kind not in ("Pod", "Job")]

@@ -294,12 +294,11 @@ class Session:
 
     def inject(self) -> None:
         """All acts in order, each with its control proof and the proof of its effect."""
-        assert self._plan is not None and self._reach is not None and self._effects is not None
+        assert self._plan is not None and self._effects is not None
         if self.stopped or not self._still_valid(self._plan) or not self._may_begin(self._plan):
             return
-        if not self._effects.ready():
+        if not self._effects.ready() or not self._effects.provable():
             return
-        self._reach.settle()
         for number, act in enumerate(self._plan.acts):
             if self.tape.stopping.is_set():
                 return

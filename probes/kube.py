@@ -60,6 +60,7 @@ class Watcher:
         self._events: set[tuple[str, int]] = set()
         self._targets: frozenset[str] = frozenset()
         self._aimed = False
+        self._late: set[str] = set()  # uids of pods that were made after the aim
         self._alive: dict[str, float] = {}  # watch → when it last proved to live
         self._listed: set[str] = set()  # watches whose first list is in
         self.broken = ""  # what a handler could not read: from then on this watch is no witness
@@ -128,6 +129,7 @@ class Watcher:
         """From now on these pods are targets; pods created later are not covered by the fault."""
         with self._lock:
             self._targets, self._aimed = targets, True
+            self._late.clear()
 
     def engines(self) -> tuple[Pod, ...]:
         """The selected pods as the watch last saw them."""
@@ -139,15 +141,15 @@ class Watcher:
         with self._lock:
             return tuple(self._nodes.values())
 
-    def ready_keys(self) -> frozenset[str]:
-        """ "ns/pod" of every pod that is Ready now."""
+    def ready_at(self) -> frozenset[tuple[str, str]]:
+        """ "ns/pod" and address of every pod that is Ready now."""
         with self._lock:
-            return frozenset(pod.key for pod in self._pods.values() if pod.ready)
+            return frozenset((pod.key, pod.ip) for pod in self._pods.values() if pod.ready)
 
     def exist(self, keys: Iterable[str]) -> bool:
-        """Whether any of these pods ("ns/pod") is still there."""
+        """Whether any of these pods ("ns/pod") is still there; not another one of its name, as StatefulSets make."""
         with self._lock:
-            return bool({pod.key for pod in self._pods.values()} & set(keys))
+            return bool({pod.key for uid, pod in self._pods.items() if uid not in self._late} & set(keys))
 
     def drained(self, nodes: Iterable[str], evicted: Collection[str], since: float) -> Seen:
         """Whether the nodes are cordoned and one of these pods (uids), whose eviction was accepted since, had to go."""
@@ -213,6 +215,8 @@ class Watcher:
             self._owners.setdefault(pod.owner, clock.now())
             if fresh:
                 self._born[pod.uid] = clock.now()
+            if self._aimed:
+                self._late.add(pod.uid)
             self._mark(pod, "created" if fresh else "exists")
             if pod.ready:
                 self._mark(pod, "ready")

@@ -127,6 +127,7 @@ class _Track:
 
     zone: str
     targets: tuple[Target, ...]
+    doomed: bool = False  # it runs on a node that is to be reset: its last word will be an old one
     rounds: int = 0
     last_line: float = 0.0
     up: dict[str, bool] = field(default_factory=dict)
@@ -179,7 +180,8 @@ class Reach:
             on_created(pod)
             self._cluster.create(PODS, pod)
             self._tracks[zone] = _Track(zone, targets)
-            ip = self._wait(name, within)
+            ip, node = self._wait(name, within)
+            self._tracks[zone].doomed = node in plan.resets
             known.append(Target(f"{self._view.namespace}/{name}", zone, ip, PORT))
             threading.Thread(target=self._follow, args=(name, self._tracks[zone]), name=name, daemon=True).start()
         tracks = self._tracks.values()
@@ -249,12 +251,15 @@ class Reach:
                     found.append(Target(f"{pod.key}?{ask}", pod.zone, pod.ip, pod.ports[0], request))
         return tuple(found)
 
-    def _wait(self, name: str, within: float) -> str:
+    def _wait(self, name: str, within: float) -> tuple[str, str]:
+        """Its address and its node, once it runs."""
         found: Obj = {}
+        node = ""
 
         def running() -> bool:
-            nonlocal found
-            found = self._cluster.get(PODS, name, self._view.namespace).get("status", {})
+            nonlocal found, node
+            seen = self._cluster.get(PODS, name, self._view.namespace)
+            found, node = seen.get("status", {}), seen.get("spec", {}).get("nodeName", "")
             return found.get("phase") == "Running" and bool(found.get("podIP"))
 
         try:
@@ -264,7 +269,7 @@ class Reach:
             raise MissingCapability(
                 "probers", f"{late} (phase {found.get('phase')}, {states}): can {self._image} be pulled here?"
             ) from late
-        return str(found["podIP"])
+        return str(found["podIP"]), node
 
     def _follow(self, name: str, track: _Track) -> None:
         while not self._stop.is_set():
@@ -308,25 +313,26 @@ class Reach:
         """Whether the proof holds now. `gone`: pods that are expected to be dead, no use as a control."""
         with self._lock:
             pairs = self._pairs(proof, gone)
-            if not pairs.must_fail:
-                return Seen(False, False, 0, 0, "no prober could reach the targets before")
-            if isinstance(proof, Dead | Mute) and (
-                unseen := set(proof.pods) - {_pod_of(key) for _, key in pairs.must_fail}
-            ):
-                return Seen(False, False, 0, 0, f"no prober could reach {', '.join(sorted(unseen))} before")
-            if not pairs.must_work:
-                return Seen(False, False, 0, 0, "no uncut pair is left as a control")
+            if why := _blind(proof, pairs):
+                return Seen(False, False, 0, 0, why)
             return _judge(pairs, self._tracks)
 
-    def look_gone(self, proof: Seeable, ready: frozenset[str]) -> Seen:
+    def blind(self, proof: Seeable) -> str:
+        """Why the proof could never come, by what `settle` has seen to work; "" where it could."""
+        with self._lock:
+            return _blind(proof, self._pairs(proof, frozenset()))
+
+    def look_gone(self, proof: Seeable, ready: frozenset[tuple[str, str]]) -> Seen:
         """Whether the effect is over: the pairs that had to fail work again, those whose pod is `ready` now.
 
-        Probers count as well; with no pair left, nothing was seen.
+        `ready`: pods ("ns/pod") with their addresses; what a StatefulSet has replaced keeps its name, and nothing
+        answers at its old address ever again. Probers count as well; with no pair left, nothing was seen.
         """
         ours = {f"{self._view.namespace}/{name}" for name, _ in self._view.probers}
         with self._lock:
             pairs = self._pairs(proof, frozenset())
-            again = tuple(pair for pair in pairs.must_fail if _pod_of(pair[1]) in ready or pair[1] in ours)
+            ips = {(zone, target.key): target.ip for zone, track in self._tracks.items() for target in track.targets}
+            again = tuple(p for p in pairs.must_fail if (_pod_of(p[1]), ips[p]) in ready or p[1] in ours)
             if not again:
                 return Seen(False, False, 0, 0, "no pair is left that could show it")
             return _judge(_Pairs((), again), self._tracks)
@@ -334,10 +340,20 @@ class Reach:
     def _pairs(self, proof: Seeable, gone: frozenset[str]) -> _Pairs:
         sorted_: dict[str, list[tuple[str, str]]] = {"fail": [], "work": [], "all": []}
         for zone, track in self._tracks.items():
-            for target in track.targets:
+            for target in () if track.doomed else track.targets:
                 if (zone, target.key) in self._usual and (role := _role(proof, zone, target, gone)):
                     sorted_[role].append((zone, target.key))
         return _Pairs(tuple(sorted_["fail"]), tuple(sorted_["work"]), tuple(sorted_["all"]))
+
+
+def _blind(proof: Seeable, pairs: _Pairs) -> str:
+    """Why these pairs, which worked before, cannot show it; "" where they can."""
+    todo = "is there a NetworkPolicy in the way, or no TCP port of theirs that is declared or probed?"
+    if not pairs.must_fail:
+        return f"no prober could reach the targets before: {todo}"
+    if isinstance(proof, Dead | Mute) and (unseen := set(proof.pods) - {_pod_of(key) for _, key in pairs.must_fail}):
+        return f"no prober could reach {', '.join(sorted(unseen))} before: {todo}"
+    return "" if pairs.must_work else "no uncut pair is left as a control"
 
 
 def _role(proof: Seeable, zone: str, target: Target, gone: frozenset[str]) -> Literal["fail", "work", "all"] | None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import pytest
 from planted import HARM, Plant
 
 from faults.base import Cordoned, Cut, Dead, Evict, Mute, Plan
@@ -183,6 +184,25 @@ def test_a_drain_that_moved_nobody_is_not_proven_however_often_it_was_asked_for(
     assert tape.stopped
 
 
+# ── what nobody could prove ─────────────────────────────────────────────────────────────────────
+
+
+def test_a_fault_that_nobody_could_see_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod was killed first, and then found to be out of every prober's reach."""
+    monkeypatch.setattr(effects_, "SETTLES_WITHIN", 0.0)
+    why = ["no prober could reach llm/p before"]
+    settled: list[None] = []
+    reach: Any = SimpleNamespace(blind=lambda _: why[0] if why else "", settle=lambda: settled.append(None))
+    act: Any = SimpleNamespace(what="pod-kill", proof=Dead(("llm/p",)))
+    tape, nobody = Tape(lambda _: None), SimpleNamespace()
+    effects = Effects(Plan(FACTS, (act,), ()), reach, nobody, tape)  # type: ignore[arg-type]
+    assert not effects.provable() and tape.stopped
+    assert any("nothing was injected" in one.text for one in tape.events if isinstance(one, Note))
+    why.clear()
+    tape.resume()
+    assert effects.provable() and not tape.stopped and len(settled) > 1
+
+
 # ── a node that was reset must come back ────────────────────────────────────────────────────────
 
 BEFORE = (Node("n1", "u1", "a", True, False, 0, boot="b1"), Node("n2", "u2", "b", True, False, 0, boot="c1"))
@@ -192,7 +212,7 @@ def back(*nodes: Node, proven: bool = True, later: tuple[Node, ...] = ()) -> lis
     """What is recorded of n1, reset, where the watch shows these nodes at the heal, and `later` in the end."""
     tape = Tape(lambda _: None)
     shown = [BEFORE, nodes, later or nodes]
-    watch: Any = SimpleNamespace(nodes=lambda: shown[0], exist=lambda _: False, ready_keys=frozenset)
+    watch: Any = SimpleNamespace(nodes=lambda: shown[0], exist=lambda _: False, ready_at=frozenset)
     reach: Any = SimpleNamespace()
     facts = replace(FACTS, name="node crash", one_shot=True)
     mute: Any = SimpleNamespace(what="cut", proof=Mute(("llm/p",), "health"))  # so that nobody asks for strays

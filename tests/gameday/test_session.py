@@ -236,8 +236,7 @@ def test_nothing_is_injected_once_lock_or_ledger_are_gone(what: str, cluster: Cl
     sent: list[str] = []
     act = Roll("engine", "llm", "u", {})
     made._plan = replace(made._plan, acts=(act,))
-    made._reach = SimpleNamespace(settle=lambda: None)  # type: ignore[assignment]
-    made._effects = SimpleNamespace(ready=lambda: True)  # type: ignore[assignment]
+    made._effects = SimpleNamespace(ready=lambda: True, provable=lambda: True)  # type: ignore[assignment]
     made._still_valid = made._may_begin = lambda _: True  # type: ignore[method-assign]
     made._begin_harm = lambda *_: sent.append("harm")  # type: ignore[method-assign]
     if what == "lease":

@@ -117,6 +117,19 @@ def test_whether_a_pod_is_still_there() -> None:
     assert not watch.exist(["llm/old"])
 
 
+def test_another_pod_of_its_name_is_not_still_there() -> None:
+    """As StatefulSets make them: a mute pod that was replaced was taken for one that has to answer again."""
+    watch = watcher()
+    watch._on_pod(Watched("ADDED", pod("engine-0")), False)
+    watch.aim(frozenset({"llm/engine-0"}))
+    assert watch.exist(["llm/engine-0"])
+    watch._on_pod(Watched("DELETED", pod("engine-0")), True)
+    again = pod("engine-0")
+    again["metadata"]["uid"] = "uid-2"
+    watch._on_pod(Watched("ADDED", again), True)
+    assert not watch.exist(["llm/engine-0"])
+
+
 @pytest.mark.parametrize(
     ("owner", "deployment"),
     [("ReplicaSet/my-llama32-6d4f", "my-llama32"), ("StatefulSet/db", ""), ("", ""), ("ReplicaSet/bare", "")],

@@ -50,6 +50,11 @@ def world() -> World:
     return made
 
 
+def at(*keys: str, ip: str = "10.244.0.1") -> frozenset[tuple[str, str]]:
+    """Ready pods at their addresses."""
+    return frozenset((key, ip) for key in keys)
+
+
 CUT_B = {("b", "a"), ("b", "c"), ("a", "b"), ("c", "b")}
 ALL_TO_B = {("a", "b"), ("b", "b"), ("c", "b")}
 
@@ -100,7 +105,7 @@ def test_every_pod_of_the_proof_must_have_been_seen(world: World) -> None:
 
 def test_gone_is_seen_on_pods_that_are_ready_and_never_vacuously(world: World) -> None:
     world.rounds(3, CUT_B)
-    ready = frozenset(key for key, _ in TARGETS)
+    ready = at(*(key for key, _ in TARGETS))
     assert not world.reach.look_gone(Cut("b"), ready).holds
     world.rounds(3)
     assert world.reach.look_gone(Cut("b"), ready).settled
@@ -110,7 +115,42 @@ def test_gone_is_seen_on_pods_that_are_ready_and_never_vacuously(world: World) -
 
 def test_a_pod_that_still_loads_does_not_hold_up_the_heal(world: World) -> None:
     world.rounds(3, {("a", "b"), ("c", "b")})  # engine-b itself is not back yet
-    assert world.reach.look_gone(Cut("b"), frozenset({"llm/engine-a", "llm/engine-c"})).settled
+    assert world.reach.look_gone(Cut("b"), at("llm/engine-a", "llm/engine-c")).settled
+
+
+def test_a_pod_that_came_back_at_another_address_is_not_waited_for_at_its_old_one(world: World) -> None:
+    """A StatefulSet's pods keep their names: after each replacement the fault was never seen to be gone."""
+    world.rounds(3, {("a", "b"), ("c", "b")})
+    ready = at("llm/engine-a", "llm/engine-c") | at("llm/engine-b", ip="10.244.0.77")
+    assert world.reach.look_gone(Cut("b"), ready).settled
+
+
+def test_a_prober_on_a_node_that_is_reset_has_no_word_in_it(world: World) -> None:
+    """One node per zone: the zone's prober died with the node, and its last word was that all is well."""
+    dead = Dead(("llm/engine-b",))
+    for doomed, holds in ((False, False), (True, True)):
+        world.reach._tracks["b"].doomed = doomed
+        for _ in range(3):
+            world.number += 1
+            for zone in "ac":
+                world.reach._take(world.reach._tracks[zone], json.dumps({"n": world.number, "up": "101"}))
+        assert world.reach.look(dead).holds is holds
+    for track in world.reach._tracks.values():
+        track.doomed = True
+    assert "no prober could reach" in world.reach.look(dead).detail
+
+
+def test_what_could_never_be_proven_is_known_before_the_harm(world: World) -> None:
+    assert world.reach.blind(Dead(("llm/engine-b",))) == "" == world.reach.blind(Cut("b"))
+    assert "llm/engine-unseen" in world.reach.blind(Dead(("llm/engine-b", "llm/engine-unseen")))
+    alone = World()
+    alone.rounds(3, {(one, other) for one in "abc" for other in "ac"})
+    alone.reach.settle()
+    assert "as a control" in alone.reach.blind(Dead(("llm/engine-b",)))
+    blocked = World()
+    blocked.rounds(3, ALL_TO_B)
+    blocked.reach.settle()
+    assert "NetworkPolicy" in blocked.reach.blind(Dead(("llm/engine-b",)))
 
 
 def test_a_log_taken_up_anew_is_not_counted_twice(world: World) -> None:
@@ -190,9 +230,9 @@ def test_a_zombie_says_that_it_is_well_and_generates_nothing() -> None:
 def test_a_mute_pod_is_gone_when_it_answers_again_and_no_pair_proves_nothing() -> None:
     asking = Asking()
     asking.rounds(3, "llm/engine-a?generate")
-    assert not asking.reach.look_gone(ZOMBIE, frozenset({"llm/engine-a"})).holds
+    assert not asking.reach.look_gone(ZOMBIE, at("llm/engine-a")).holds
     asking.rounds(3)
-    assert asking.reach.look_gone(ZOMBIE, frozenset({"llm/engine-a"})).settled
+    assert asking.reach.look_gone(ZOMBIE, at("llm/engine-a")).settled
     assert not asking.reach.look_gone(ZOMBIE, frozenset()).holds
 
 
@@ -200,7 +240,7 @@ def test_questions_are_no_connections() -> None:
     asking = Asking()
     asking.rounds(3, *ASKED)
     assert not asking.reach.look(Dead(("llm/engine-a",))).holds
-    assert asking.reach.look_gone(Dead(("llm/engine-a",)), frozenset({"llm/engine-a"})).holds
+    assert asking.reach.look_gone(Dead(("llm/engine-a",)), at("llm/engine-a")).holds
 
 
 def test_the_probers_script_tells_a_hang_from_a_refusal_and_an_answer() -> None:
