@@ -5,7 +5,8 @@ the rotation, a node of theirs that leaves, a connection to one that worked and 
 by themselves all the time, which proves nothing. Where nothing of that kind is to be expected (latency, a DNS answer,
 another service's pod), the experiment names probes as its proof. And what was there before the first action
 must be there again at the end: new chaos resources of any kind, NetworkPolicies, cordons, taints, other replicas are a
-mess left behind, in whichever of the allowed namespaces.
+mess left behind, in whichever of the allowed namespaces. What autoscalers do meanwhile is theirs: replicas that a
+HorizontalPodAutoscaler sets, nodes that come, or that an autoscaler takes away.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gameday.activities import OutOfTolerance, Unreadable
 from gameday.cluster import Cluster, Obj, Refused
 from gameday.effects import GONE_WITHIN, Effects
 from gameday.errors import ClusterError
-from gameday.kinds import DEPLOYMENTS, NETWORKPOLICIES, NODES, PODCHAOS, STATEFULSETS, Kind
+from gameday.kinds import DEPLOYMENTS, HPAS, NETWORKPOLICIES, NODES, PODCHAOS, STATEFULSETS, Kind
 from gameday.model import EndpointMark, Event, NodeMark, PodMark, Step
 from gameday.tape import Tape
 from probes.kube import Watcher
@@ -28,6 +29,9 @@ LAST_LOOK = 10.0  # seconds for all proofs right before the heal: meanwhile thei
 SEEN_WITHIN = 15.0  # seconds after the method until its effect must be seen
 EFFECT = "the method"
 _ITS_OWN = ("podnetworkchaos", "podiochaos", "podhttpchaos", "physicalmachines")
+_LEAVES = "being taken away by an autoscaler"
+_AUTOSCALERS = ("ToBeDeletedByClusterAutoscaler", "karpenter.sh/")  # taints of nodes that they take away
+_SOFT = ("node.kubernetes.io/", "DeletionCandidateOfClusterAutoscaler")  # … that come and go by themselves
 _PODS = ("gone", "unready", "terminating", "restarted")
 _NODES = ("gone", "not ready", "cordoned")
 
@@ -81,9 +85,13 @@ class Witness(Effects):
         for namespace in self._namespaces:
             for kind in (*chaos, NETWORKPOLICIES):
                 found |= {_named(kind, obj): "there" for obj in self._cluster.list(kind, namespace)}
+            scalers = self._cluster.list(HPAS, namespace)
+            found |= {_named(HPAS, obj): _of_scaler(obj) for obj in scalers}
+            scaled = {(ref["kind"], ref["name"]) for obj in scalers if (ref := obj["spec"].get("scaleTargetRef"))}
             for kind in (DEPLOYMENTS, STATEFULSETS):
                 for obj in self._cluster.list(kind, namespace):
-                    found[_named(kind, obj)] = f"{obj['spec'].get('replicas', 1)} replicas"
+                    by = (kind.kind, obj["metadata"]["name"]) in scaled
+                    found[_named(kind, obj)] = _of_workload(obj, by_autoscaler=by)
         return found
 
     # ── while it lasts ──────────────────────────────────────────────────────────────────────
@@ -183,16 +191,36 @@ def _named(kind: Kind, obj: Obj) -> str:
     return f"{kind.kind} {obj['metadata']['namespace']}/{obj['metadata']['name']}"
 
 
+def _of_workload(obj: Obj, *, by_autoscaler: bool) -> str:
+    replicas = obj["spec"].get("replicas", 1)
+    if by_autoscaler and replicas:  # it leaves alone what somebody has scaled to none
+        return "scaled by a HorizontalPodAutoscaler"
+    return f"{replicas} replicas"
+
+
+def _of_scaler(obj: Obj) -> str:
+    return f"for {obj['spec'].get('minReplicas', 1)} to {obj['spec'].get('maxReplicas')} replicas"
+
+
 def _of_node(obj: Obj) -> str:
     spec = obj.get("spec", {})
     # Taints of the node controller come and go with the node's health; they are not the experiment's to undo.
-    taints = sorted(t["key"] for t in spec.get("taints") or [] if not t["key"].startswith("node.kubernetes.io/"))
+    taints = sorted(t["key"] for t in spec.get("taints") or [] if not t["key"].startswith(_SOFT))
+    if any(key.startswith(_AUTOSCALERS) for key in taints):
+        return _LEAVES
     cordoned = "cordoned" if spec.get("unschedulable") else "schedulable"
     return f"{cordoned}{', tainted ' + ', '.join(taints) if taints else ''}"
 
 
 def _differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
     """What is there that was not, or is otherwise than it was. (Nodes that vanished are judged by objectives.)"""
-    new = [f"{thing} is {how}" for thing, how in sorted(now.items()) if before.get(thing, "") != how]
-    kept = tuple(f"{kind.kind} " for kind in (DEPLOYMENTS, STATEFULSETS, NETWORKPOLICIES))
+    new = [f"{thing} is {how}" for thing, how in sorted(now.items()) if _otherwise(thing, before.get(thing), how)]
+    kept = tuple(f"{kind.kind} " for kind in (DEPLOYMENTS, STATEFULSETS, HPAS, NETWORKPOLICIES))
     return new + [f"{thing} is gone" for thing in sorted(before) if thing.startswith(kept) and thing not in now]
+
+
+def _otherwise(thing: str, was: str | None, how: str) -> bool:
+    """Whether that is somebody's to undo. A new node may have taints of its own, but nobody cordons it by himself."""
+    if thing.startswith("node ") and was is None:
+        return how.startswith("cordoned")
+    return _LEAVES not in (was, how) and was != how

@@ -160,3 +160,55 @@ def test_an_engine_that_is_gone_was_known_before() -> None:
     found._watcher = SimpleNamespace(engines=lambda: ())  # type: ignore[assignment]
     tape.emit(PodMark(11.0, "llm/engine-1", "u1", "gone"))
     assert found.prove_all(HARM)
+
+
+# ── what autoscalers do is not the experiment's mess ────────────────────────────────────────────
+
+SCALED = {"kind": "Deployment", "name": "chat"}
+
+
+def scaled(cluster: Planted, most: int = 6) -> None:
+    cluster.put("horizontalpodautoscalers", "llm", "chat", scaleTargetRef=SCALED, minReplicas=2, maxReplicas=most)
+
+
+def after(change: Any, cluster: Planted | None = None) -> FaultMark:
+    planted = cluster or Planted()
+    found, tape = made(planted)
+    assert found.ready()
+    change(planted)
+    found.see_gone(planted, "r1")  # type: ignore[arg-type]
+    return next(one for one in tape.events if isinstance(one, FaultMark))
+
+
+def test_replicas_that_an_autoscaler_has_moved_are_not_left_behind() -> None:
+    """The load that we send makes it scale out: every experiment beside an autoscaler was an ERROR."""
+    with_scaler = Planted()
+    scaled(with_scaler)
+    assert after(lambda c: c.put("deployments", "llm", "chat", replicas=5), with_scaler).ok
+    none = after(lambda c: c.put("deployments", "llm", "chat", replicas=0), with_scaler)
+    assert not none.ok and "Deployment llm/chat is 0 replicas" in none.detail, "no autoscaler brings that back"
+    assert not after(lambda c: c.put("deployments", "llm", "chat", replicas=5)).ok, "without one it is somebody's doing"
+
+
+def test_an_autoscaler_that_is_otherwise_or_gone_is_left_behind() -> None:
+    one, other = Planted(), Planted()
+    scaled(one)
+    scaled(other)
+    changed = after(lambda c: scaled(c, most=1), one)
+    assert not changed.ok and "HorizontalPodAutoscaler llm/chat is for 2 to 1 replicas" in changed.detail
+    gone = after(lambda c: c.objects.pop(("horizontalpodautoscalers", "llm")), other)
+    assert not gone.ok and "HorizontalPodAutoscaler llm/chat is gone" in gone.detail
+
+
+def test_nodes_that_come_or_are_taken_away_are_an_autoscalers_doing() -> None:
+    soft = [{"key": "DeletionCandidateOfClusterAutoscaler", "effect": "PreferNoSchedule"}]
+    starting = [{"key": "node.cilium.io/agent-not-ready", "effect": "NoSchedule"}]
+    leaves = [{"key": "ToBeDeletedByClusterAutoscaler", "effect": "NoSchedule"}]
+    assert after(lambda c: c.put("nodes", None, "node-9")).ok
+    assert after(lambda c: c.put("nodes", None, "node-9", taints=starting)).ok
+    assert after(lambda c: c.put("nodes", None, "node-1", taints=soft)).ok
+    assert after(lambda c: c.put("nodes", None, "node-1", taints=leaves, unschedulable=True)).ok
+    assert after(lambda c: c.put("nodes", None, "node-1", taints=[{"key": "karpenter.sh/disrupted"}])).ok
+    assert not after(lambda c: c.put("nodes", None, "node-9", unschedulable=True)).ok
+    assert not after(lambda c: c.put("nodes", None, "node-1", taints=[{"key": "theirs"}])).ok
+    assert not after(lambda c: c.put("nodes", None, "node-1", unschedulable=True)).ok
