@@ -76,6 +76,7 @@ class Session:
         self.tape = Tape(arena.say, arena.progress)
         self._flow = Flow(keep=max(RECENT, self._settings.stop_after, spec.hold(self._settings)))
         self._plan: Plan | None = None
+        self._before: View | None = None  # the cluster as the plan was made for it
         self._about: About | None = None
         self._probers: tuple[Undo, ...] = ()
         self._holder = f"{arena.run_id}/{self.dir.name}"  # of the lock
@@ -131,6 +132,7 @@ class Session:
         plan = self.spec.fault.plan(view)
         unseen = radius.check(plan, view, self._settings, self._cluster)
         preflight.demand_for(plan)
+        self._before = view
         self._plan = plan = replace(plan, facts=replace(plan.facts, watched=lasting(plan)))
         self._write_run()
         for one in unseen:
@@ -349,7 +351,7 @@ class Session:
     def _still_valid(self, plan: Plan) -> bool:
         """The cluster is still as it was planned for: the same targets, the same other side, the same way back."""
         try:
-            now = self.spec.fault.plan(self.view())
+            now = self.spec.fault.plan(self._as_planned(plan, self.view()))
         except GamedayError as wrong:
             self.stop("inconclusive", f"the cluster changed between the plan and the injection: {wrong}")
             return False
@@ -363,6 +365,21 @@ class Session:
             self.stop("inconclusive", f"the cluster changed between the plan and the injection: {what}")
             return False
         return True
+
+    def _as_planned(self, plan: Plan, view: View) -> View:
+        """`view` without the pods that have come, or become ready, since the plan was made: they are beside the fault.
+
+        An autoscaler adds some because our load begins. They count where the fault is about all pods that there are: of
+        the namespace (a cut), or of its nodes.
+        """
+        if self._before is None or plan.cuts:
+            return view
+        known = {pod.uid for pod in self._before.pods}
+        if plan.cluster_wide and any(p.uid not in known for p in view.pods if p.node in plan.facts.nodes):
+            return view
+        ready = {pod.uid for pod in self._before.ready}
+        engines = tuple(pod for pod in view.engines if pod.uid in ready)
+        return replace(view, engines=engines, pods=tuple(pod for pod in view.pods if pod.uid in known))
 
     def _may_begin(self, plan: Plan) -> bool:
         """Still no incident is open, and the engines that are left can carry the load that flows now."""

@@ -10,9 +10,9 @@ from typing import Any, cast
 
 import pytest
 
-from faults import PodKill, undo as undoing
-from faults.base import CORDONED, Plan, Roll, Undo
-from gameday.cluster import Cluster
+from faults import NodeDrain, PodHang, PodKill, PodStop, Zone, ZonePartition, undo as undoing
+from faults.base import CORDONED, Plan, Roll, Undo, View
+from gameday.cluster import Cluster, Node, Pod
 from gameday.errors import ClusterError, ExperimentError, RecordError
 from gameday.heal import Healer
 from gameday.kinds import CONFIGMAPS, LEASES, NODES
@@ -247,6 +247,51 @@ def test_nothing_is_injected_once_lock_or_ledger_are_gone(what: str, cluster: Cl
     made._lock.release()
     assert sent == [] and made._harm is None
     assert [event.level for event in made.tape.events if isinstance(event, Note)] == ["error"]
+
+
+def engine(name: str, node: str = "n1", zone: str = "a", *, ready: bool = True) -> Pod:
+    labels, ports, owner = {"app": "x"}, (8000,), "ReplicaSet/e-1"
+    return Pod(
+        name, "llm", f"u-{name}", node, zone, "10.0.0.1", "Running", ready, False, labels, 0, False, ports, 0, owner,
+        "c", "",
+    )  # fmt: skip
+
+
+def seen(pods: tuple[Pod, ...]) -> View:
+    nodes = tuple(Node(f"n{i}", f"u{i}", zone, True, False, 0) for i, zone in enumerate("abc", 1))
+    return View("llm", "app=x", pods, pods, nodes, "t", (), {}, 7, 1.0, True, True, True)
+
+
+def stays_valid(fault: Any, before: tuple[Pod, ...], now: tuple[Pod, ...], tmp_path: Path) -> bool:
+    """Whether a plan that was made for the one is good for the other."""
+    made = session(tmp_path)
+    made.spec = replace(made.spec, fault=fault)
+    made._before = seen(before)
+    made.view = lambda: seen(now)  # type: ignore[method-assign]
+    valid = made._still_valid(fault.plan(made._before))
+    assert valid is not made.stopped
+    return valid
+
+
+def test_engines_that_an_autoscaler_adds_in_the_steady_window_are_beside_the_fault(tmp_path: Path) -> None:
+    """Our load makes it add some, and the draw came out otherwise: every run beside an autoscaler was INCONCLUSIVE."""
+    before = tuple(engine(f"e{i}", f"n{i % 3 + 1}", "abc"[i % 3]) for i in range(6))
+    more = tuple(engine(f"a{i}", "n1", "a") for i in range(4))
+    loading = (*before, engine("e9", ready=False))
+    for number, fault in enumerate((PodKill(60), PodStop(60), PodHang(60), PodKill(60, count=2))):
+        where = tmp_path / str(number)
+        assert stays_valid(fault, before, (*more, *before), where)
+        assert stays_valid(fault, loading, (*before, engine("e9")), where), "it was there, and is ready now"
+        assert not stays_valid(fault, before, before[:3], where), "targets may be among those that have gone"
+
+
+def test_a_pod_that_comes_into_a_cut_or_onto_a_drained_node_changes_the_plan(tmp_path: Path) -> None:
+    before = tuple(engine(f"e{i}", f"n{i % 3 + 1}", "abc"[i % 3]) for i in range(6))
+    (drained,) = NodeDrain(60).plan(seen(before)).facts.nodes
+    others = [node for node in ("n1", "n2", "n3") if node != drained]
+    assert not stays_valid(NodeDrain(60), before, (*before, engine("new", drained)), tmp_path)
+    assert stays_valid(NodeDrain(60), before, (*before, engine("new", others[0])), tmp_path)
+    assert not stays_valid(ZonePartition(Zone("a"), 60), before, (*before, engine("new", "n2", "b")), tmp_path)
 
 
 # ── what may not begin ──────────────────────────────────────────────────────────────────────────
