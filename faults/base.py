@@ -326,6 +326,16 @@ class Fault(Protocol):
 # ── shared pieces ───────────────────────────────────────────────────────────────────────────────
 
 
+def bites(pods: Sequence[Pod]) -> float:
+    """Seconds until a chaos resource on these pods must act: the controller goes through its records one by one."""
+    return 10.0 + 0.2 * len(pods)
+
+
+def stops(pods: Sequence[Pod]) -> float:
+    """… a pod-failure, whose change of image stops the containers with their pod's own grace period."""
+    return bites(pods) + max([30, *(pod.grace for pod in pods)]) + 5
+
+
 def duration(lasting: float, margin: float = MARGIN) -> str:
     """The server-side end of a chaos resource: it outlives our heal, but never by long."""
     return f"{math.ceil(lasting + margin)}s"
@@ -430,6 +440,12 @@ def pinned_job(
     }
     manifest = {"apiVersion": JOBS.api_version, "kind": JOBS.kind, "metadata": metadata, "spec": spec}
     return manifest, delete(JOBS, metadata, what)
+
+
+def check_replaced(pods: Sequence[Pod], *, what: str) -> None:
+    """Refuse to delete pods that nothing would bring back."""
+    if bare := sorted(pod.name for pod in pods if not pod.owner):
+        raise TargetError(f"{what}: {', '.join(bare[:4])} belong to no controller, so nothing would bring them back.")
 
 
 def check_radius(view: View, hit: tuple[Pod, ...], *, what: str) -> None:

@@ -14,6 +14,7 @@ from faults.base import (
     Undo,
     View,
     check_radius,
+    check_replaced,
     pinned_job,
     unseen,
     visible,
@@ -115,8 +116,7 @@ class NodeDrain:
         hit = [pod for node in nodes for pod in pods_on(view, node) if not pod.owner.startswith("DaemonSet/")]
         if not hit:
             raise TargetError(f"{what} would move nobody: only DaemonSets' pods run there, which stay.")
-        if bare := [pod.name for pod in hit if not pod.owner]:
-            raise TargetError(f"{what}: {', '.join(bare)} belong to no controller, so nothing would bring them back.")
+        check_replaced(hit, what=what)
         check_radius(view, tuple(hit), what=what)
         evict = Evict(tuple(sorted((pod.key, pod.uid) for pod in hit)), within=self.lasting, proof=Cordoned(names))
         return Plan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from faults.base import Apply, Dead, Plan, View, chaos, check_radius, delete, duration, selector_of
+from faults.base import Apply, Dead, Plan, View, chaos, check_radius, check_replaced, delete, duration, selector_of
 from gameday.errors import TargetError
 from gameday.kinds import PODCHAOS
 from gameday.model import FaultFacts
@@ -29,6 +29,7 @@ class PodKill:
             raise TargetError(f"{self.count} pods should be killed, but only {len(view.ready)} are ready.")
         hit = tuple(view.draw().sample(view.ready, self.count))
         check_radius(view, hit, what="The pod kill")
+        check_replaced(hit, what="The pod kill")
         metadata = view.metadata("pod-kill")
         names = tuple(sorted(pod.key for pod in hit))
         manifest = chaos(
@@ -76,6 +77,7 @@ class PodStop:
             raise TargetError(f"No ready pod matches {view.selector!r} in {view.namespace}: nothing can be stopped.")
         pod = view.draw().choice(view.ready)
         check_radius(view, (pod,), what="The pod stop")
+        check_replaced((pod,), what="The pod stop")
         metadata = view.metadata("pod-stop")
         spec = {
             "action": "pod-kill",

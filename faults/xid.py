@@ -25,6 +25,7 @@ from faults.base import (
     duration,
     pinned_to,
     selector_of,
+    stops,
     unseen,
     visible,
 )
@@ -197,7 +198,7 @@ def _pod_failure(view: View, hit: tuple[Pod, ...], seen: tuple[str, ...], lastin
         "selector": selector_of(view.namespace, hit),
         "duration": duration(lasting),
     }
-    act = Apply("pod-failure", PODCHAOS, chaos(PODCHAOS, metadata, spec), len(hit), Dead(seen), within=45)
+    act = Apply("pod-failure", PODCHAOS, chaos(PODCHAOS, metadata, spec), len(hit), Dead(seen), within=stops(hit))
     return act, delete(PODCHAOS, metadata, "pod-failure", running=names)
 
 

@@ -15,11 +15,14 @@ from faults.base import (
     Undo,
     View,
     Zone,
+    bites,
     chaos,
     check_radius,
+    check_replaced,
     delete,
     duration,
     selector_of,
+    stops,
     unseen,
     visible,
 )
@@ -87,6 +90,8 @@ class ZoneOutage:
     def plan(self, view: View) -> Plan:
         inside, outside = _sides(view, self.zone)
         check_radius(view, inside, what=f"The outage of zone {self.zone}")
+        if self.replacements == "elsewhere":
+            check_replaced(inside, what=f"The outage of zone {self.zone}")
         nodes = tuple(node for node in view.nodes if node.zone == self.zone.name)
         fresh = tuple(node for node in nodes if not node.unschedulable)  # never uncordon what others cordoned
         names = tuple(sorted(pod.key for pod in inside))
@@ -127,7 +132,7 @@ class ZoneOutage:
             ),
             acts=tuple(acts),
             undos=tuple(undos),
-            rebalance=_deployments(inside) if rebalance else (),
+            rebalance=_deployments(view, inside) if rebalance else (),
             cuts=self.zone.name if outside else "",
             needs=(NETWORKCHAOS.plural, PODCHAOS.plural),
             cluster_wide=True,
@@ -148,8 +153,8 @@ class ZoneOutage:
         if elsewhere:
             spec["gracePeriod"] = 0
         proof = Dead(seen, zone=self.zone.name, lasting=not elsewhere)
-        # A pod-failure's image change stops the container with the pod's own grace period.
-        act = Apply(what, PODCHAOS, chaos(PODCHAOS, metadata, spec), len(inside), proof, within=10 if elsewhere else 45)
+        within = bites(inside) if elsewhere else stops(inside)
+        act = Apply(what, PODCHAOS, chaos(PODCHAOS, metadata, spec), len(inside), proof, within=within)
         return act, delete(PODCHAOS, metadata, what, running=() if elsewhere else names)
 
 
@@ -188,11 +193,12 @@ def _partition(
     }
     manifest = chaos(NETWORKCHAOS, metadata, spec)
     records = len(inside) + len(outside) + len(view.probers)
-    act = Apply("partition", NETWORKCHAOS, manifest, records, Cut(zone.name))
+    act = Apply("partition", NETWORKCHAOS, manifest, records, Cut(zone.name), within=bites((*inside, *outside)))
     return act, delete(NETWORKCHAOS, metadata, "partition")
 
 
-def _deployments(pods: tuple[Pod, ...]) -> tuple[str, ...]:
-    """Deployments that lost pods, by their ReplicaSets (`NAME-HASH`)."""
+def _deployments(view: View, pods: tuple[Pod, ...]) -> tuple[str, ...]:
+    """Deployments that lost pods, by their ReplicaSets (`NAME-HASH`); those of Argo Rollouts belong to none."""
+    known = {one.name for one in view.workloads}
     owners = {pod.owner.removeprefix("ReplicaSet/") for pod in pods if pod.owner.startswith("ReplicaSet/")}
-    return tuple(sorted({owner.rsplit("-", 1)[0] for owner in owners}))
+    return tuple(sorted({name for owner in owners if (name := owner.rsplit("-", 1)[0]) in known}))

@@ -448,3 +448,40 @@ def test_jobs_run_the_image_that_settings_name() -> None:
         for job in jobs:
             (container,) = job["spec"]["template"]["spec"]["containers"]
             assert container["image"] == "registry.example.com/tools:1"
+
+
+# ── what real namespaces hold ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "fault", [PodKill(lasting=20), PodStop(lasting=20), ZoneOutage(Zone("a"), lasting=25, replacements="elsewhere")]
+)
+def test_nothing_is_deleted_that_no_controller_brings_back(fault: Fault) -> None:
+    """Somebody's notebook in the lost zone was killed for good."""
+    bare = tuple(replace(one, owner="") for one in view().pods)
+    with pytest.raises(TargetError, match="belong to no controller"):
+        fault.plan(view(bare))
+    ZoneOutage(Zone("a"), lasting=25).plan(view(bare))  # fails in place, and nothing is deleted
+
+
+def test_only_deployments_that_are_there_are_rebalanced() -> None:
+    """A ReplicaSet of an Argo Rollout has a name like a Deployment's, which was then patched and not found."""
+    outage = ZoneOutage(Zone("a"), lasting=25, replacements="elsewhere")
+    assert "engine" in outage.plan(view()).rebalance
+    assert outage.plan(replace(view(), workloads=())).rebalance == ()
+
+
+def test_a_pod_failure_has_time_for_the_grace_of_its_pods() -> None:
+    patient = tuple(replace(one, grace=120) for one in view().pods)
+    (failure,) = [
+        act for act in ZoneOutage(Zone("a"), lasting=300).plan(view(patient)).acts if act.what == "pod-failure"
+    ]
+    assert isinstance(failure, Apply) and failure.within > 120
+    (failure,) = [act for act in Xid(79, lasting=300).plan(view(patient)).acts if act.what == "pod-failure"]
+    assert isinstance(failure, Apply) and failure.within > 120
+
+
+def test_a_partition_of_many_pods_has_time_for_each_of_its_records() -> None:
+    crowd = (*view().pods, *(pod(f"worker-{n}", "b", engine=False) for n in range(100)))
+    (cut,) = [act for act in ZonePartition(Zone("a"), lasting=60).plan(view(crowd)).acts if isinstance(act, Apply)]
+    assert cut.within >= 30
