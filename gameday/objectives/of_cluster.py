@@ -31,6 +31,7 @@ class PodState:
     node: str
     owner: str
     ready: bool
+    uid: str = ""
 
 
 def pods_at(timeline: Timeline, t: float) -> list[PodState]:
@@ -44,7 +45,7 @@ def pods_at(timeline: Timeline, t: float) -> list[PodState]:
             continue
         was = state.get(m.uid, PodState(m.pod, "", "", "", False))
         ready = m.stage == "ready" or (was.ready and m.stage in ("exists", "created", "scheduled", "started"))
-        state[m.uid] = PodState(m.pod, m.zone or was.zone, m.node or was.node, m.owner or was.owner, ready)
+        state[m.uid] = PodState(m.pod, m.zone or was.zone, m.node or was.node, m.owner or was.owner, ready, m.uid)
     return list(state.values())
 
 

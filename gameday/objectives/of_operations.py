@@ -76,18 +76,18 @@ class Replaced(Objective):
         if harm is None or end is None:
             return unseen(phase, self.title, self.within, "the fault was not seen to act", "s")
         before = owned(timeline, pods_at(timeline, harm), self.owner)
-        hit = {p.pod for p in before if p.pod in timeline.fault.pods}
+        hit = {p.uid for p in before if p.pod in timeline.fault.pods}  # a StatefulSet's replacement has the same name
         if not hit:
             return unseen(phase, self.title, self.within, "none of the fault's pods is meant", "s")
         seen = sorted((m for m in of(timeline, PodMark) if harm <= m.t <= end), key=lambda m: m.t)
-        left = {m.pod: m.t for m in reversed(seen) if m.pod in hit and m.stage in ("terminating", "gone")}
-        born = {m.pod for m in seen if m.stage == "created"} - hit
-        ready = {m.pod: m.t for m in reversed(seen) if m.pod in born and m.stage == "ready"}
-        now_ready = {p.pod for p in owned(timeline, pods_at(timeline, end), self.owner) if p.ready} & ready.keys()
+        left = {m.uid: m.t for m in reversed(seen) if m.uid in hit and m.stage in ("terminating", "gone")}
+        born = {m.uid for m in seen if m.stage == "created"} - hit
+        ready = {m.uid: m.t for m in reversed(seen) if m.uid in born and m.stage == "ready"}
+        now_ready = {p.uid for p in owned(timeline, pods_at(timeline, end), self.owner) if p.ready} & ready.keys()
         told = f"{len(left)} of {len(hit)} left, {len(now_ready)} new ones ready"
         if len(left) < len(hit) or len(now_ready) < len(hit):
             return Finding(phase, self.title, FAIL, None, self.within, "s", samples=len(seen), evidence=told)
-        took = max(*left.values(), sorted(ready[pod] for pod in now_ready)[len(hit) - 1]) - harm
+        took = max(*left.values(), sorted(ready[uid] for uid in now_ready)[len(hit) - 1]) - harm
         status = FAIL if self.within is not None and took > self.within else PASS
         return Finding(phase, self.title, status, took, self.within, "s", took, took, len(seen), told)
 

@@ -65,6 +65,14 @@ def test_replaced_needs_as_many_new_ready_pods_as_have_left() -> None:
     assert during(Replaced(owner="nobody"), *GONE, *BORN).status is INCONCLUSIVE
 
 
+def test_what_a_statefulset_has_replaced_has_the_same_name() -> None:
+    again = tuple(replace(one, pod="llm/engine-b", uid="uid-2") for one in BORN)
+    assert during(Replaced(within=10), *GONE, *again).observed == 9
+    assert during(Replaced(), *GONE, again[0]).status is FAIL, "never ready"
+    came_back = pod(HARM + 9, "engine-b", "ready")
+    assert during(Replaced(), pod(HARM + 2, "engine-b", "unready"), came_back).status is FAIL, "it is the same pod"
+
+
 def test_never_fewer_looks_at_every_instant_and_not_only_at_the_end() -> None:
     dip = (pod(HARM + 3, "engine-b", "unready"), pod(HARM + 4, "engine-b", "ready"))
     assert during(NeverFewer(than=3)).status is PASS
