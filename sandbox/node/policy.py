@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, collapse_addresses, ip_network
 
 from sandbox.client import Obj
 from sandbox.controllers.objects import matches
@@ -21,7 +21,6 @@ Ports = tuple[str, int, int]  # protocol (TCP, UDP, SCTP), first and last number
 
 EVERYBODY: Networks = (IPv4Network("0.0.0.0/0"),)
 _LAST = 65535
-_IPV4 = re.compile(r"\d+(\.\d+){3}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ def peer(pod: Obj, address: str = "") -> Peer | None:
     """A pod object; None when it has no IPv4 address of its own (any more). `address` may be known before a status."""
     status, spec, meta = pod.get("status") or {}, pod["spec"], pod["metadata"]
     address = address or status.get("podIP") or ""
-    if not _IPV4.fullmatch(address) or spec.get("hostNetwork") or status.get("phase") in ("Succeeded", "Failed"):
+    if not _ipv4(address) or spec.get("hostNetwork") or status.get("phase") in ("Succeeded", "Failed"):
         return None
     ports = frozenset(
         (port.get("protocol") or "TCP", port["name"], int(port["containerPort"]))
@@ -66,6 +65,13 @@ def peer(pod: Obj, address: str = "") -> Peer | None:
         if port.get("name")
     )
     return Peer(meta["namespace"], meta.get("labels") or {}, address, ports)
+
+
+def _ipv4(text: str) -> bool:
+    try:
+        return bool(IPv4Address(text))
+    except ValueError:
+        return False
 
 
 def isolation(pod: Peer, policies: Iterable[Obj], pods: Sequence[Peer], namespaces: Mapping[str, Labels]) -> Isolation:

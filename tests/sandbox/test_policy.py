@@ -146,6 +146,7 @@ def test_pods_that_have_no_address_of_their_own_are_nobody() -> None:
     assert peer(obj) == Peer("llm", {}, "10.244.1.9", frozenset({("TCP", "a", 1)}))
     assert peer({**obj, "status": {}}, "10.244.1.8") == Peer("llm", {}, "10.244.1.8", frozenset({("TCP", "a", 1)}))
     assert peer({**obj, "status": {}}) is None and peer({**obj, "status": {"podIP": "fd00::1"}}) is None
+    assert peer({**obj, "status": {"podIP": "999.1.1.1"}}) is None, "nor does it stop the machine's enforcement"
     assert peer({**obj, "status": {"podIP": "10.244.1.9", "phase": "Failed"}}) is None
     assert peer({**obj, "spec": {**obj["spec"], "hostNetwork": True}}) is None
 

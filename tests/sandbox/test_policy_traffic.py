@@ -8,6 +8,7 @@ import gc
 import os
 import secrets
 import socket
+import struct
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,12 +71,12 @@ class Hand:
     address: str
     fd: int
 
-    def socket(self, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+    def socket(self, kind: socket.SocketKind = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
         made: list[socket.socket] = []
 
         def work() -> None:
             linux.setns(self.fd, linux.CLONE_NEWNET)
-            made.append(socket.socket(socket.AF_INET, kind))
+            made.append(socket.socket(socket.AF_INET, kind, protocol))
 
         thread = threading.Thread(target=work)
         thread.start()
@@ -279,6 +280,32 @@ def test_ports(
     play(running, hands, test)
 
 
+def arrives(sender: Hand, receiver: Hand, port: int) -> bool:
+    """Does an SCTP INIT get there? By raw packets: the kernel may not speak SCTP itself."""
+    init = struct.pack("!HHII", 7000, port, 0, 0) + struct.pack("!BBHIIHHI", 1, 0, 20, 1, 65535, 1, 1, 1)
+    raw = socket.SOCK_RAW, socket.IPPROTO_SCTP
+    with receiver.socket(*raw) as listener, sender.socket(*raw) as sock:
+        sock.sendto(init, (receiver.address, 0))
+        try:
+            while packet := listener.recv(200):
+                if packet.endswith(init):
+                    return True
+        except TimeoutError:
+            pass
+        return False
+
+
+def test_sctp_is_a_protocol_of_its_own(running: Running, hands: dict[str, Hand]) -> None:
+    async def test(cast: Cast) -> None:
+        a, b = cast["a"], cast["b"]
+        await cast.eventually("SCTP flows", lambda: arrives(a, b, 8000) and arrives(a, b, 8001))
+        async with cast.policy(**app("b"), ingress=[{"ports": [{"port": 8000, "protocol": "SCTP"}]}]):
+            await cast.settles(but("b"))
+            assert arrives(a, b, 8000) and not arrives(a, b, 8001)
+
+    play(running, hands, test)
+
+
 KUBE_DNS = {
     "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
     "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
@@ -443,6 +470,17 @@ def test_a_machine_that_boots_again_enforces_again(tmp_path_factory: pytest.Temp
 
 
 # — what goes wrong —
+
+
+def test_what_is_no_policy_is_refused(running: Running) -> None:
+    async def test(one: World) -> None:
+        rule = {"from": [{"ipBlock": {"cidr": "10.0.0.0/33"}}]}
+        policy = {"metadata": {"name": "bad"}, "spec": {"podSelector": {}, "ingress": [rule]}}
+        with pytest.raises(ApiError, match="must be a valid CIDR") as refused:
+            await one.api.create(NETWORKPOLICIES, policy, NS)
+        assert refused.value.code == 422
+
+    on(running, test)
 
 
 def test_a_pod_waits_until_it_is_known_what_holds_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
