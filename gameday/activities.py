@@ -105,6 +105,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ExperimentError(f"{place}: not YAML: {wrong.problem}.") from wrong
     except (yaml.YAMLError, UnicodeDecodeError) as wrong:
         raise ExperimentError(f"{path}: not YAML: {' '.join(str(wrong).split())}.") from wrong
+    except RecursionError as wrong:
+        raise ExperimentError(f"{path} is nested too deeply.") from wrong
     if not isinstance(found, dict):
         raise ExperimentError(f"{path}: a Chaos Toolkit experiment is a mapping, not a {type(found).__name__}.")
     return found
@@ -119,16 +121,11 @@ def parse(plain: Mapping[str, Any], place: str) -> Own:
     _no_secrets(plain.get("secrets") or {}, f"{place}: secrets")
     if plain.get("controls"):
         raise ExperimentError(f"{place}: controls: gameday does not run them; its own stop conditions are in settings.")
-    named = {
-        one["name"]: one
-        for section in ("method", "rollbacks")
-        for one in plain.get(section) or []
-        if isinstance(one, dict) and "name" in one
-    }
+    named = _by_name(plain.get("method")) | _by_name(plain.get("rollbacks"))
     hypothesis = plain.get("steady-state-hypothesis") or {}
     if not isinstance(hypothesis, dict):
         raise ExperimentError(f"{place}: steady-state-hypothesis must be a mapping.")
-    named |= {one["name"]: one for one in hypothesis.get("probes") or [] if isinstance(one, dict) and "name" in one}
+    named |= _by_name(hypothesis.get("probes"))
     extension = _extension(plain, place)
     own = Own(
         text=text,
@@ -177,6 +174,12 @@ def _extension(plain: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     return extension
 
 
+def _by_name(found: Any) -> dict[str, Any]:
+    """What `ref` may name; what is wrong with them is said when they are read."""
+    some = found if isinstance(found, list) else []
+    return {one["name"]: one for one in some if isinstance(one, dict) and isinstance(one.get("name"), str)}
+
+
 def _activities(found: Any, place: str, named: Mapping[str, Any]) -> tuple[Activity, ...]:
     if found is None:
         return ()
@@ -189,14 +192,20 @@ def _activity(found: Any, place: str, named: Mapping[str, Any]) -> Activity:
     if isinstance(found, str):
         found = {"ref": found}
     if isinstance(found, dict) and "ref" in found:
-        if found["ref"] not in named:
+        if not isinstance(found["ref"], str) or found["ref"] not in named:
             raise ExperimentError(f"{place}: there is no activity {found['ref']!r}.")
         found = named[found["ref"]]
-    if not isinstance(found, dict) or not found.get("name") or found.get("type") not in ("action", "probe"):
+    if (
+        not isinstance(found, dict)
+        or not isinstance(found.get("name"), str)
+        or found.get("type") not in ("action", "probe")
+    ):
         raise ExperimentError(f"{place}: an activity has a name and the type action or probe.")
     if found.get("background"):
         raise ExperimentError(f"{place}: background activities cannot be waited for: make it an ordinary one.")
     pauses = found.get("pauses") or {}
+    if not isinstance(pauses, dict):
+        raise ExperimentError(f"{place}: pauses are a mapping: {{before: 1, after: 2}}, in seconds.")
     plain = {key: value for key, value in found.items() if key not in ("pauses", "background")}
     return Activity(
         str(found["name"]), found["type"] == "action", plain, (pauses.get("before") or 0, pauses.get("after") or 0)

@@ -40,7 +40,7 @@ R = TypeVar("R")
 
 
 def one_sentence(act: Callable[P, R]) -> Callable[P, R]:
-    """Errors that users meet become one sentence and exit code 2."""
+    """Errors that users meet, and files that cannot be read or written, become one sentence and exit code 2."""
 
     @wraps(act)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -48,6 +48,13 @@ def one_sentence(act: Callable[P, R]) -> Callable[P, R]:
             return act(*args, **kwargs)
         except (GamedayError, SandboxError) as wrong:
             click.echo(f"gameday: {wrong}", err=True)
+            sys.exit(2)
+        except BrokenPipeError:
+            raise  # whoever read our output has seen enough
+        except OSError as wrong:
+            if wrong.filename is None:
+                raise  # no file's fault, so a bug's
+            click.echo(f"gameday: {wrong.filename} cannot be used: {wrong.strerror}.", err=True)
             sys.exit(2)
 
     return run
@@ -199,6 +206,14 @@ def heal(run: str | None, **given: Any) -> None:
     _say(f"{count} undone; nothing is left" if count else "nothing to heal")
 
 
+def _who() -> str:
+    """Our name; in a container often nobody has one."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
 @main.command()
 @cluster_options
 @click.option("--reason", default="", help="shown in the verdict")
@@ -207,7 +222,7 @@ def heal(run: str | None, **given: Any) -> None:
 def stop(reason: str, within: float, **given: Any) -> None:
     """End the game day that is at work in the namespace, from any machine; it heals before it leaves."""
     cluster = arena_.connect(_settings(given))
-    took = halt.request(cluster, reason or f"asked for by {getpass.getuser()}", within=within, say=_say)
+    took = halt.request(cluster, reason or f"asked for by {_who()}", within=within, say=_say)
     _say(f"it healed and left after {took:.1f} s")
 
 

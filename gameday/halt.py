@@ -86,3 +86,11 @@ def clear(cluster: Cluster, holder: str) -> str:
     except ClusterError as wrong:
         return f"ConfigMap {NAME} ({wrong})"
     return ""
+
+
+def clear_dead(cluster: Cluster) -> None:
+    """Take away a stop that nobody will hear any more, since the run that it was meant for is dead."""
+    holder = live_holder(cluster)
+    found = cluster.find(CONFIGMAPS, NAME, cluster.namespace)
+    if found is not None and (holder is None or (found.get("data") or {}).get("holder") != holder.name):
+        cluster.delete(CONFIGMAPS, NAME, cluster.namespace)

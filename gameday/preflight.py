@@ -281,6 +281,11 @@ class Preflight:
             served_via=self._settings.served_via,
             api_key_file=self._settings.api_key_file,
         )
+        if self._settings.served_by and not (reply.pod or reply.via):
+            raise TargetError(
+                f"The answer of {self._settings.target} has no header {self._settings.served_by}, so that nobody knows "
+                'whom the load reaches: set served_by to the header that names the pod, or to "" where there is none.'
+            )
         return f"{self._settings.target} answers, first token after {(reply.ttft or 0) * 1000:.0f} ms"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -72,8 +73,13 @@ def _listed(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _named(given: Mapping[str, Any]) -> Iterator[str]:
-    """… and those in the resources that they give, as mappings or as text."""
+    """… and those in the resources that they give, as mappings, as text or as files."""
     yield from _listed(given)
+    for key in ("spec_path", "resource_as_yaml_file"):
+        try:
+            yield from _within(yaml.safe_load(Path(str(given.get(key) or "")).read_text()))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue
     for key in ("resource", "spec"):
         found = given.get(key)
         if isinstance(found, str):

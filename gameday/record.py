@@ -164,7 +164,8 @@ def check_seal(directory: Path) -> None:
             raise RecordError(f"{found[name]} was added after the run directory was sealed")
         was, now = sealed[name], _digest(found[name])
         if was != now:
-            size = f", its size was {was['size']} and is {now['size']} bytes" if was["size"] != now["size"] else ""
+            old = was.get("size") if isinstance(was, dict) else None
+            size = f", its size was {old} and is {now['size']} bytes" if old != now["size"] else ""
             raise RecordError(f"{found[name]} was changed after the run directory was sealed{size}")
 
 

@@ -23,6 +23,8 @@ from gameday.model import Sample
 from probes.alerts import Alerts
 
 TIMEOUT = 3.0  # seconds for one query
+# TypeError, AttributeError: JSON of another shape than Prometheus' (some other API's).
+_NO_ANSWER = (requests.RequestException, PrometheusApiClientException, KeyError, ValueError, TypeError, AttributeError)
 RAW = 2000  # characters of a raw answer kept as evidence
 
 
@@ -44,8 +46,9 @@ class Prometheus:
         at = clock.now()
         try:
             found = self._connect.custom_query(query, timeout=TIMEOUT)
-        except (requests.RequestException, PrometheusApiClientException, KeyError, ValueError) as wrong:
-            return Sample(at, query, name, None, error=_short(wrong))
+        except _NO_ANSWER as wrong:
+            odd = isinstance(wrong, TypeError | AttributeError)
+            return Sample(at, query, name, None, error="that is no Prometheus' JSON" if odd else _short(wrong))
         raw = json.dumps(found)[:RAW]
         if isinstance(found, list) and found and not isinstance(found[0], dict):
             found = [{"value": found}]  # a scalar: [time, "value"]
@@ -70,7 +73,7 @@ class Prometheus:
         try:
             found = self._connect.custom_query(query, timeout=TIMEOUT)
             names = sorted({str(one["metric"].get("alertname", "?")) for one in found} - set(expected))
-        except (requests.RequestException, PrometheusApiClientException, KeyError, ValueError, TypeError) as wrong:
+        except _NO_ANSWER as wrong:
             return Sample(at, query, "alerts", None, error=_short(wrong))
         return Sample(at, query, "alerts", float(len(names)), raw=", ".join(names)[:RAW])
 
@@ -82,10 +85,10 @@ class Prometheus:
         try:
             found = self._connect.custom_query(query, timeout=TIMEOUT)
             return [{str(k): str(v) for k, v in one["metric"].items()} for one in found]
-        except (requests.RequestException, PrometheusApiClientException, AttributeError, KeyError, ValueError) as wrong:
-            raise PrometheusError(f"Prometheus at {self.url} does not answer {query} ({_short(wrong)}).") from wrong
         except TypeError as wrong:
             raise PrometheusError(f"Prometheus at {self.url} answers {query} with no series.") from wrong
+        except _NO_ANSWER as wrong:
+            raise PrometheusError(f"Prometheus at {self.url} does not answer {query} ({_short(wrong)}).") from wrong
 
     def targets_up(self) -> float:
         """How many targets are up, by fresh data. Raises `PrometheusError` when there is none."""

@@ -102,6 +102,12 @@ def only_probe(*, tolerance: Any, arguments: dict[str, Any] | None = None, func:
             "steady-state-hypothesis: {probes: [{name: p, type: probe}]}\nmethod: [{name: a, type: action}]",
             "probe 'p' has no tolerance",
         ),
+        ("x.chaos.yaml", "method: 5", "method must be a list"),
+        ("x.chaos.yaml", "method: [{name: [], type: action}]", "an activity has a name"),
+        ("x.chaos.yaml", "method: [{ref: []}]", "there is no activity []"),
+        ("x.chaos.yaml", "method: [{name: a, type: action, pauses: 3}]", "method[0]: pauses are a mapping"),
+        ("x.chaos.yaml", "steady-state-hypothesis: {probes: true}", "steady-state-hypothesis.probes must be a list"),
+        ("x.chaos.json", "[" * 100_000, "nested too deeply"),
         (
             "x.chaos.yaml",
             "method: [{name: a, type: action}]\nextensions: [{name: gameday, last: 3}]",
@@ -247,6 +253,18 @@ def test_a_namespace_from_the_configuration_is_held_to_it_too(monkeypatch: pytes
         reach("pod", "terminate_pods", **where)
     with pytest.raises(ExperimentError, match="NOT_THERE"):
         reach("pod", "terminate_pods", {"where": {"type": "env", "key": "NOT_THERE"}}, **where)
+
+
+def test_a_resource_in_a_file_is_held_to_it_too(tmp_path: Path) -> None:
+    for where in ("kube-system", "llm"):
+        selector = {"selector": {"namespaces": [where]}}
+        (tmp_path / f"{where}.yaml").write_text(yaml.safe_dump({"kind": "NetworkChaos", "spec": selector}))
+    chaos = {"group": "chaos-mesh.org", "version": "v1alpha1", "plural": "networkchaos", "ns": "llm"}
+    reach("crd", "create_custom_object", **chaos, resource_as_yaml_file=str(tmp_path / "llm.yaml"))
+    with pytest.raises(ExperimentError, match="reaches namespace 'kube-system'"):
+        reach("crd", "create_custom_object", **chaos, resource_as_yaml_file=str(tmp_path / "kube-system.yaml"))
+    with pytest.raises(ExperimentError, match="reaches namespace 'kube-system'"):
+        reach("deployment", "create_deployment", ns="llm", spec_path=str(tmp_path / "kube-system.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from planted import FAULT, HARM, Plant, between
 from test_record import ASKED, write
 
-from gameday import record
+from gameday import cli, record
 from gameday.judge import judge
 from gameday.model import Verdict
 
@@ -94,3 +94,27 @@ def test_a_trial_that_was_asked_for_and_is_not_there_is_no_pass(judged: Path) ->
 def test_objectives_recorded_are_those_that_are_judged(judged: Path) -> None:
     _, objectives = record.load(judged)
     assert objectives == ASKED
+
+
+@pytest.mark.parametrize("command", ["judge", "report", "gate"])
+def test_what_cannot_be_written_is_said_in_a_sentence(
+    judged: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Artefacts on a disk that may only be read, a job page that is none: tracebacks."""
+    (judged / "verdict.json").touch()
+    (judged / "verdict.json.part").mkdir()
+    (judged / "report.html").mkdir()
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    done = gameday(command, judged.parent)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("gameday: ") and "cannot be used: Is a directory" in done.stderr
+
+
+def test_whoever_has_no_name_may_stop_a_game_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container a uid often has no name, and `gameday stop` ended in a traceback before it had said stop."""
+
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert cli._who() == f"uid {os.getuid()}"

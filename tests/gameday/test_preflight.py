@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from faults.base import Act, Apply, Call, Job, Plan
-from gameday import clock
+from gameday import clock, preflight as preflight_
 from gameday.cli import main
 from gameday.cluster import Cluster, Obj, Refused
 from gameday.errors import ClusterError, MissingCapability, SettingsError, TargetError
@@ -267,6 +267,20 @@ def test_without_the_kinds_it_is_a_missing_capability(cluster: Cluster) -> None:
     with pytest.raises(MissingCapability, match="no networkchaos") as told:
         Preflight(bare, None, settings())._chaos()
     assert told.value.name == "chaos-mesh"
+
+
+def test_a_target_that_does_not_name_its_pods_is_told_before_the_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault was done first, and then nobody knew whom the load had reached."""
+    answers = SimpleNamespace(ttft=0.1, pod=None, via=None)
+    monkeypatch.setattr(preflight_, "one_token", lambda *_, **__: answers)
+    nobody: Any = None
+    flight = Preflight(nobody, None, settings(target="http://127.0.0.1:1", model="m"))
+    with pytest.raises(TargetError, match=r'no header x-served-by.* set served_by .* or to ""'):
+        flight._generation()
+    answers.via = "gateway-1"
+    assert "answers" in flight._generation()
+    answers.via = None
+    assert "answers" in Preflight(nobody, None, settings(target="http://127.0.0.1:1", served_by=""))._generation()
 
 
 # ── what the server would refuse ────────────────────────────────────────────────────────────────

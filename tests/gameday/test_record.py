@@ -104,6 +104,16 @@ def unseal(directory: Path) -> None:
     (directory / "seal.json").unlink()
 
 
+def damage(directory: Path) -> None:
+    path = directory / "seal.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"samples.jsonl": {"sha256": "0"}}))
+
+
+def replace_seal(directory: Path) -> None:
+    path = directory / "seal.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"samples.jsonl": 7}))
+
+
 @pytest.mark.parametrize(
     ("tamper", "place"),
     [
@@ -113,6 +123,8 @@ def unseal(directory: Path) -> None:
         (add, "replies.9.jsonl was added"),
         (remove, "samples.jsonl is missing"),
         (unseal, "has no seal.json"),
+        (damage, "samples.jsonl was changed"),
+        (replace_seal, "samples.jsonl was changed"),
     ],
 )
 def test_a_tampered_directory_is_refused_with_the_place(

@@ -350,3 +350,22 @@ def test_rollbacks_of_a_method_that_never_began_are_struck_and_not_run(
     assert [left.begun for left in leftovers(cluster)] == [begun]
     assert heal(cluster, within=5, say=quiet) == 1
     assert ran == (["theirs"] if begun else []) and leftovers(cluster) == ()
+
+
+def test_a_heal_of_one_run_keeps_the_nodes_of_another_from_other_namespaces(cluster: Cluster, tmp_path: Path) -> None:
+    """`--run r1` gave the cluster-wide Lease away while r2's cordons stood in their ledger still."""
+    dead = Lock(cluster, "r2/zone_outage", LABELS, cluster_wide=True)
+    dead.acquire(on_lost=print)
+    written(cluster, tmp_path)
+    dead.release(healed=False)
+    heal(cluster, run="r-of-nobody", within=5, say=quiet)
+    assert cluster.find(LEASES, *lock_.CLUSTER_WIDE) is not None
+    heal(cluster, within=5, say=quiet)
+    assert cluster.find(LEASES, *lock_.CLUSTER_WIDE) is None
+
+
+def test_a_stop_that_nobody_heard_goes_with_the_heal(cluster: Cluster) -> None:
+    stop = {"metadata": {"name": "gameday-stop", "namespace": "llm", "labels": LABELS}, "data": {"holder": "r1/dead"}}
+    cluster.create(CONFIGMAPS, {"apiVersion": "v1", "kind": "ConfigMap", **stop})
+    heal(cluster, within=5, say=quiet)
+    assert cluster.find(CONFIGMAPS, "gameday-stop", "llm") is None
