@@ -202,7 +202,9 @@ def heal(run: str | None, **given: Any) -> None:
     if run is not None and not SAFE_NAME.fullmatch(run):
         raise SettingsError(f"{run!r} cannot be a run: its id stands in runs/ and in `gameday doctor`.")
     found = _settings(given)
-    count = heal_(arena_.connect(found), run=run, within=found.heal_within, say=_say)
+    cluster = arena_.connect(found)
+    count = heal_(cluster, run=run, within=found.heal_within, say=_say)
+    halt.clear_dead(cluster)
     _say(f"{count} undone; nothing is left" if count else "nothing to heal")
 
 

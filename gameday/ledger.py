@@ -22,7 +22,6 @@ from faults.undo import NOT_BEGUN, pods_of, still_paused, undo
 from gameday import clock
 from gameday.cluster import Cluster, Obj, Refused
 from gameday.errors import ClusterError, HealError, RecordError
-from gameday.halt import clear_dead
 from gameday.kinds import BY_KIND, CONFIGMAPS
 from gameday.lock import remove_dead, wait_until_dead
 
@@ -180,7 +179,6 @@ def heal(cluster: Cluster, *, run: str | None = None, within: float = 60.0, say:
             failed.append(str(wrong))
     if failed:
         raise HealError("Not everything could be undone:\n  " + "\n  ".join(failed))
-    clear_dead(cluster)
     if run is None or not leftovers(cluster):  # another run's cordons may be in a ledger still
         remove_dead(cluster)
     return count
