@@ -41,6 +41,13 @@ _INT64 = frozenset(
         "supplementalGroups",
         "seconds",
         "templateGeneration",
+        "startingDeadlineSeconds",
+        "sizeBytes",
+        "capacity",
+        "uid",
+        "gid",
+        "user",
+        "defaultUser",
     }
 )
 # What the models show as plain strings, or as anything.
@@ -67,6 +74,12 @@ _QUANTITIES = frozenset(
         ("EmptyDirVolumeSource", "sizeLimit"),
         ("MetricTarget", "averageValue"),
         ("MetricTarget", "value"),
+        ("MetricValueStatus", "averageValue"),
+        ("MetricValueStatus", "value"),
+        ("HPAScalingRules", "tolerance"),
+        ("NodeAllocatableOverheadResources", "perContainer"),
+        ("NodeAllocatableOverheadResources", "perPod"),
+        ("NodeAllocatableMappedResources", "quantity"),
     }
 )
 _INT_OR_STRING = frozenset({"maxUnavailable", "maxSurge", "minAvailable", "targetPort"})

@@ -41,6 +41,11 @@ def type_of(api_version: str, kind: str) -> str | None:
     return _table()["kinds"].get(f"{api_version}/{kind}")  # type: ignore[no-any-return]
 
 
+def kinds() -> list[str]:
+    """The built-in kinds: "<apiVersion>/<kind>"."""
+    return list(_table()["kinds"])
+
+
 def fields_of(name: str) -> Obj:
     return _table()["types"][name]  # type: ignore[no-any-return]
 

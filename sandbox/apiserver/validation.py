@@ -363,11 +363,22 @@ def _replicaset(obj: Obj) -> list[Cause]:
     return _count(obj["spec"], "replicas") + _selector(obj["spec"]) + _template(obj["spec"])
 
 
+def _with_claims(spec: Obj) -> Obj:
+    """A StatefulSet's spec with the volumes that its claim templates become; they win over others of their name."""
+    names = [(claim.get("metadata") or {}).get("name") or "" for claim in spec.get("volumeClaimTemplates") or []]
+    if not names:
+        return spec
+    pod = spec["template"].get("spec") or {}
+    claims = [{"name": name, "persistentVolumeClaim": {"claimName": name}} for name in dict.fromkeys(names)]
+    others = [volume for volume in pod.get("volumes") or [] if volume.get("name") not in names]
+    return {**spec, "template": {**spec["template"], "spec": {**pod, "volumes": claims + others}}}
+
+
 def _statefulset(obj: Obj) -> list[Cause]:
     spec = obj["spec"]
     causes = _one_of(spec, "podManagementPolicy", "spec", ("OrderedReady", "Parallel"))
     causes += _one_of(spec.get("updateStrategy") or {}, "type", "spec.updateStrategy", ("OnDelete", "RollingUpdate"))
-    return causes + _count(spec, "replicas") + _selector(spec) + _template(spec)
+    return causes + _count(spec, "replicas") + _selector(spec) + _template(_with_claims(spec))
 
 
 def _daemonset(obj: Obj) -> list[Cause]:

@@ -387,6 +387,23 @@ def test_a_dry_run_changes_nothing(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_a_stateful_set_mounts_its_claims(tmp_path: Path) -> None:
+    async def test(one: Cluster) -> None:
+        path = "/apis/apps/v1/namespaces/default/statefulsets"
+        template = {"metadata": {"labels": {"app": "web"}}, **pod("p")}
+        template["spec"]["containers"][0]["volumeMounts"] = [{"name": "data", "mountPath": "/data"}]
+        claim = {"metadata": {"name": "data"}, "spec": {"accessModes": ["ReadWriteOnce"]}}
+        spec = {"selector": {"matchLabels": {"app": "web"}}, "template": template, "volumeClaimTemplates": [claim]}
+        code, made = await one.raw("POST", path, json={"metadata": {"name": "s"}, "spec": spec})
+        assert code == 201, made
+        assert "volumes" not in made["spec"]["template"]["spec"]
+        claim["metadata"]["name"] = "other"
+        code, answer = await one.raw("POST", path, json={"metadata": {"name": "t"}, "spec": spec})
+        assert (code, answer["details"]["causes"][0]["message"]) == (422, 'Not found: "data"')
+
+    run(tmp_path, test)
+
+
 def test_unknown_fields_are_warned_of_or_refused(tmp_path: Path) -> None:
     async def test(one: Cluster) -> None:
         path = one.url + "/api/v1/namespaces/default/pods"

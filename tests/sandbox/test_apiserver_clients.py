@@ -53,7 +53,28 @@ def test_the_kubernetes_client(tmp_path: Path) -> None:
         loaded.close()
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl on this machine")
+class Kubectl:
+    def __init__(self, kubeconfig: str, home: Path) -> None:
+        self._environment = {"KUBECONFIG": kubeconfig, "HOME": str(home), "PATH": os.environ["PATH"]}
+
+    def called(self, *args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["kubectl", *args], env=self._environment, capture_output=True, text=True, timeout=20, check=False
+        )
+
+    def __call__(self, *args: str) -> str:
+        done = self.called(*args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def field(self, what: str, path: str) -> str:
+        return self("get", *what.split("/"), "-o", f"jsonpath={{{path}}}")
+
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl on this machine")
+
+
+@needs_kubectl
 def test_kubectl(tmp_path: Path) -> None:
     manifest = tmp_path / "deployment.yaml"
     manifest.write_text(
@@ -69,17 +90,7 @@ spec:
 """
     )
     with control_plane(tmp_path / "state") as kubeconfig:
-        environment = {"KUBECONFIG": kubeconfig, "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-
-        def called(*args: str) -> subprocess.CompletedProcess[str]:
-            command = ["kubectl", *args]
-            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
-
-        def kubectl(*args: str) -> str:
-            done = called(*args)
-            assert done.returncode == 0, done.stderr
-            return done.stdout
-
+        kubectl = Kubectl(kubeconfig, tmp_path)
         assert kubectl("apply", "-f", str(manifest)) == "deployment.apps/web created\n"
         assert kubectl("apply", "-f", str(manifest)) == "deployment.apps/web unchanged\n"
         assert "registry.example/app:1" in kubectl("get", "deploy", "-o", "wide")
@@ -87,20 +98,86 @@ spec:
         assert kubectl("get", "deploy", "web", "-o", "jsonpath={.spec.replicas}") == "3"
         assert "Replicas:               3 desired" in kubectl("describe", "deploy", "web")
         manifest.write_text(manifest.read_text().replace("image:", "imagee:"))
-        refused = called("apply", "-f", str(manifest))
+        refused = kubectl.called("apply", "-f", str(manifest))
         assert 'unknown field "spec.template.spec.containers[0].imagee"' in refused.stderr
-        # What follows sends protobuf.
-        assert kubectl("create", "configmap", "c", "--from-literal=a=b") == "configmap/c created\n"
-        assert kubectl("get", "configmap", "c", "-o", "jsonpath={.data.a}") == "b"
-        assert kubectl("create", "deployment", "d", "--image=x:1", "--replicas=0") == "deployment.apps/d created\n"
-        assert kubectl("get", "deploy", "d", "-o", "jsonpath={.spec.replicas}") == "0"
-        scaled = kubectl("autoscale", "deployment", "d", "--max=3", "--cpu-percent=70")  # autoscaling/v1
-        assert scaled == "horizontalpodautoscaler.autoscaling/d autoscaled\n"
-        path = "jsonpath={.spec.metrics[0].resource.target.averageUtilization}"
-        assert kubectl("get", "hpa", "d", "-o", path) == "70"
         assert kubectl("auth", "can-i", "delete", "pods") == "yes\n"
-        assert called("auth", "can-i", "delete", "pods", "--as=jane").stdout == "no\n"
+        assert kubectl.called("auth", "can-i", "delete", "pods", "--as=jane").stdout == "no\n"
         assert kubectl("delete", "deploy", "web").startswith('deployment.apps "web" deleted')
+
+
+# Commands that send protobuf, what they print, and a field of what they made.
+TYPED = [
+    ("create namespace n", "namespace/n created", "ns/n", ".status.phase", "Active"),
+    ("create configmap c --from-literal=a=b", "configmap/c created", "cm/c", ".data.a", "b"),
+    ("create secret generic s --from-literal=a=b", "secret/s created", "secret/s", ".data.a", "Yg=="),
+    ("create serviceaccount sa", "serviceaccount/sa created", "sa/sa", ".metadata.name", "sa"),
+    ("create deployment d --image=x:1 --replicas=0", "deployment.apps/d created", "deploy/d", ".spec.replicas", "0"),
+    ("create quota q --hard=pods=5,services=10", "resourcequota/q created", "quota/q", ".spec.hard.pods", "5"),
+    ("create cronjob cj --image=x:1 --schedule=@hourly -- date", "cronjob.batch/cj created", "cj/cj",
+     ".spec.jobTemplate.spec.template.spec.containers[0].command[0]", "date"),
+    ("create job j --image=x:1", "job.batch/j created", "job/j", ".spec.template.spec.restartPolicy", "Never"),
+    ("create job from --from=cronjob/cj", "job.batch/from created", "job/from",
+     ".metadata.ownerReferences[0].kind", "CronJob"),
+    ("create poddisruptionbudget b --selector=app=d --min-available=50%", "poddisruptionbudget.policy/b created",
+     "pdb/b", ".spec.minAvailable", "50%"),
+    ("create priorityclass high --value=1000 --preemption-policy=Never",
+     "priorityclass.scheduling.k8s.io/high created", "pc/high", ".value", "1000"),
+    ("create role r --verb=get,list --resource=pods,deployments.apps", "role.rbac.authorization.k8s.io/r created",
+     "role/r", ".rules[1].apiGroups[0]", "apps"),
+    ("create clusterrole cr --verb=get --non-resource-url=/metrics",
+     "clusterrole.rbac.authorization.k8s.io/cr created", "clusterrole/cr", ".rules[0].nonResourceURLs[0]", "/metrics"),
+    ("create rolebinding rb --role=r --serviceaccount=default:sa", "rolebinding.rbac.authorization.k8s.io/rb created",
+     "rolebinding/rb", ".subjects[0].namespace", "default"),
+    ("create service clusterip svc --tcp=80:8080", "service/svc created", "svc/svc", ".spec.ports[0].targetPort",
+     "8080"),
+    ("create service nodeport np --tcp=80 --node-port=30080", "service/np created", "svc/np", ".spec.ports[0].nodePort",
+     "30080"),
+    ("autoscale deployment d --max=3 --cpu-percent=70", "horizontalpodautoscaler.autoscaling/d autoscaled", "hpa/d",
+     ".spec.metrics[0].resource.target.averageUtilization", "70"),
+    ("run p --image=x:1 --env=A=b --labels=app=p --port=80", "pod/p created", "pod/p",
+     ".spec.containers[0].env[0].value", "b"),
+    ("expose pod p --name=exposed --port=80", "service/exposed exposed", "svc/exposed", ".spec.selector.app", "p"),
+    ("expose deployment d --port=80 --target-port=http", "service/d exposed", "svc/d", ".spec.ports[0].targetPort",
+     "http"),
+    ("set image deployment/d x=x:2", "deployment.apps/d image updated", "deploy/d",
+     ".spec.template.spec.containers[0].image", "x:2"),
+    ("set resources deployment/d --limits=memory=1Gi", "deployment.apps/d resource requirements updated", "deploy/d",
+     ".spec.template.spec.containers[0].resources.limits.memory", "1Gi"),
+    ("set env deployment/d A=b", "deployment.apps/d env updated", "deploy/d",
+     ".spec.template.spec.containers[0].env[0].value", "b"),
+    ("label pod p tier=web", "pod/p labeled", "pod/p", ".metadata.labels.tier", "web"),
+    ("annotate pod p note=x", "pod/p annotated", "pod/p", ".metadata.annotations.note", "x"),
+    ("rollout restart deployment/d", "deployment.apps/d restarted", "deploy/d", ".spec.replicas", "0"),
+]  # fmt: skip
+
+
+@needs_kubectl
+def test_kubectls_typed_commands(tmp_path: Path) -> None:
+    with control_plane(tmp_path / "state") as kubeconfig:
+        kubectl = Kubectl(kubeconfig, tmp_path)
+        for command, printed, what, path, value in TYPED:
+            assert kubectl(*command.split()) == f"{printed}\n"
+            assert kubectl.field(what, path) == value, command
+        assert kubectl("create", "token", "sa", "--duration=1h").count(".") == 2
+        if "--cpu=" in kubectl("autoscale", "--help"):  # from 1.34
+            kubectl("create", "deployment", "e", "--image=x:1")
+            kubectl("autoscale", "deployment", "e", "--max=3", "--cpu=500m", "--memory=60%")
+            assert kubectl.field("hpa/e", ".spec.metrics[*].resource.target.type") == "AverageValue Utilization"
+
+
+@needs_kubectl
+def test_kubectl_drains_a_node(tmp_path: Path) -> None:
+    with control_plane(tmp_path / "state") as kubeconfig:
+        kubectl = Kubectl(kubeconfig, tmp_path)
+        node = tmp_path / "node.yaml"
+        node.write_text("apiVersion: v1\nkind: Node\nmetadata: {name: n1}\n")
+        kubectl("create", "-f", str(node))
+        kubectl("run", "p", "--image=x:1", '--overrides={"spec":{"nodeName":"n1"}}')
+        assert kubectl("cordon", "n1") == "node/n1 cordoned\n"
+        assert kubectl.field("node/n1", ".spec.unschedulable") == "true"
+        assert kubectl("drain", "n1", "--force", "--grace-period=0", "--timeout=15s").endswith("node/n1 drained\n")
+        assert kubectl("get", "pods", "-o", "name") == ""
+        assert kubectl("uncordon", "n1") == "node/n1 uncordoned\n"
 
 
 def test_logs_come_from_the_kubelet_of_the_node(tmp_path: Path) -> None:
