@@ -293,13 +293,16 @@ def sockets() -> int:
     return sum(str(link).startswith("socket:") for link in links)
 
 
-def test_a_relay_takes_turns_and_skips_what_is_down() -> None:
+@pytest.mark.parametrize("source", ["", "127.0.0.7"])
+def test_a_relay_takes_turns_and_skips_what_is_down(source: str) -> None:
     async def scenario() -> None:
         served: list[str] = []
+        seen: set[str] = set()
 
         async def backend(name: str) -> asyncio.Server:
             async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
                 served.append(name)
+                seen.add(writer.get_extra_info("peername")[0])
                 writer.write((await reader.readline()).upper())
                 writer.write(await reader.read())  # until the client has shut its side down
                 writer.close()
@@ -312,7 +315,7 @@ def test_a_relay_takes_turns_and_skips_what_is_down() -> None:
         gone.close()
         own = socket.create_server(("127.0.0.1", 0))
         port = own.getsockname()[1]
-        relay = asyncio.create_task(Relay(lambda: addresses).serve(own))
+        relay = asyncio.create_task(Relay(lambda: addresses, source).serve(own))
         await asyncio.sleep(0)
         before = sockets()
         try:
@@ -326,7 +329,7 @@ def test_a_relay_takes_turns_and_skips_what_is_down() -> None:
             async with asyncio.timeout(2):  # nothing of a finished connection stays open
                 while sockets() > before:  # noqa: ASYNC110 – the kernel sends no event for it
                     await asyncio.sleep(0.01)
-            assert set(served) == {"one", "two"}
+            assert set(served) == {"one", "two"} and seen == {source or "127.0.0.1"}
             addresses.clear()
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             with pytest.raises(ConnectionResetError):
