@@ -32,7 +32,7 @@ from gameday.model import (
 )
 from gameday.objectives import Objectives, Recovers
 from gameday.objectives.base import where
-from gameday.windows import counted, first, marks, of, requests, window
+from gameday.windows import Window, counted, first, marks, of, requests, window
 
 PASS, FAIL, INCONCLUSIVE, ERROR = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.ERROR
 
@@ -43,6 +43,7 @@ SILENT = 3.0  # seconds without a heartbeat after which a worker is taken for lo
 AIMED = 0.5  # of the answers that name a pod must come from pods that are watched; else the fault is diluted
 LAST_LOOK = 3.0  # seconds before the heal within which a lasting effect must have been seen
 FEWEST_REQUESTS = 50  # in every judged phase
+QUIET, QUIET_SHARE = 5.0, 0.25  # seconds, and share of a phase, in which nothing may be sent (by chance: one in 10^5)
 
 
 def judge(timeline: Timeline, objectives: Objectives) -> Judgement:
@@ -174,6 +175,7 @@ def _enough(timeline: Timeline, objectives: Objectives) -> Finding:
     spans = {p: window(timeline, p) for p in judged}
     good = {p: sum(1 for r in timeline.replies if w and counted(r) and r.t_intended in w) for p, w in spans.items()}
     few = [f"{p.value}: {n} requests" for p, n in good.items() if n < FEWEST_REQUESTS]
+    few += [f"{p.value}: no request for {gap:.0f} s" for p, w in spans.items() if w and (gap := _quiet(timeline, w))]
     shed = _shed_share(timeline)
     if few or shed > SHED_SHARE:
         told = few + ([f"{shed:.1%} of the requests were never sent"] if shed > SHED_SHARE else [])
@@ -189,6 +191,15 @@ def _enough(timeline: Timeline, objectives: Objectives) -> Finding:
         return _run(title, INCONCLUSIVE, "nothing was asked of the service")
     said = ", ".join(f"{p.value}: {n}" for p, n in good.items())
     return _run(title, PASS, said, float(min(good.values())), limit=float(FEWEST_REQUESTS), unit="count")
+
+
+def _quiet(timeline: Timeline, span: Window) -> float:
+    """The longest time in which nothing was sent, where it is too long: whatever the fault did then, nobody asked."""
+    sent = sorted(
+        r.t_intended for r in timeline.replies if r.outcome is not Outcome.CLIENT_SHED and r.t_intended in span
+    )
+    gap = max(b - a for a, b in pairwise([span.start, *sent, span.end]))
+    return gap if gap > max(QUIET, QUIET_SHARE * span.length) else 0.0
 
 
 SHED_SHARE = 0.01  # requests that we did not send although they were planned, in the judged phases

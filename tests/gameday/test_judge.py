@@ -389,3 +389,16 @@ def test_a_pod_that_served_nobody_before_shows_nothing_by_dying() -> None:
     assert judged.verdict is OPEN and "none from those that were broken" in why(judged)
     through = replace(run, replies=tuple(replace(r, pod="engine-a", via="engine-b") for r in run.replies))
     assert "none from those" not in why(judge(through, ASKED)), "a gateway that is broken carried it"
+
+
+def test_load_that_ends_in_the_middle_of_a_phase_is_not_enough() -> None:
+    """A trace that was shorter than the fault: fifty requests at its beginning made the whole phase green."""
+    run = good()
+    asked = Objectives(before=(Success(0.99),), during=(Success(0.9),))
+    assert judge(run, asked).verdict is PASS
+    for begin, end in ((HARM + 15, END), (HARM + 8, HARM + 18)):
+        kept = [r for r in run.replies if not begin <= r.t_intended < end]
+        replies = tuple(replace(r, seq=seq) for seq, r in enumerate(kept))
+        others = (e for e in run.events if not isinstance(e, LoadEnd))
+        found = judge(replace(run, replies=replies, events=(*others, *accounts(replies))), asked)
+        assert found.verdict is OPEN and "during: no request for" in why(found)
