@@ -140,7 +140,10 @@ class Cordoned:
 
 @dataclass(frozen=True, slots=True)
 class Newborn:
-    """The watch sees a new pod of the Deployment `owner`, made after the harm began."""
+    """The watch sees a new pod of the Deployment `owner`, made after the harm began.
+
+    `lasting`: until the heal, or somebody else (GitOps) has taken the update back. A bad version is meant to be.
+    """
 
     owner: str
     lasting: bool = False

@@ -51,7 +51,7 @@ class RollingUpdate:
                 pods=tuple(sorted(pod.key for pod in pods)),
                 fidelity=("Real: the Deployment's pod template is changed, as a release does; it is changed back.",),
             ),
-            acts=(Roll(owner.name, view.namespace, owner.uid, patch, Newborn(owner.name)),),
+            acts=(Roll(owner.name, view.namespace, owner.uid, patch, Newborn(owner.name, lasting=not self.image)),),
             undos=(
                 Undo(
                     verb="template",

@@ -22,7 +22,13 @@ def lasting(plan: Plan) -> tuple[str, ...]:
 
 
 def _lasts(proof: object) -> bool:
-    return isinstance(proof, Mute) or (isinstance(proof, Cut | Dead) and proof.lasting)
+    return isinstance(proof, Mute) or (isinstance(proof, Cut | Dead | Newborn) and proof.lasting)
+
+
+def _probed(act: Act) -> bool:
+    """Whether it is for the probers to see that its effect lasts."""
+    proof = getattr(act, "proof", None)
+    return isinstance(proof, Seeable) and _lasts(proof)
 
 
 class Effects:
@@ -91,7 +97,7 @@ class Effects:
             if set(proof.pods) <= set(ended):
                 told = ", ".join(f"{pod} {stage}" for pod, stage in sorted(ended.items()))
                 return Seen(True, True, clock.now(), clock.now(), f"noticed by the service: {told}")
-        return self.look(act)
+        return self.look(act, self._biting.get(act.what, 0.0))
 
     def _evicted(self, act: Evict, since: clock.Instant) -> frozenset[str]:
         """The pods, by uid, whose eviction was accepted since then."""
@@ -123,7 +129,7 @@ class Effects:
 
     def watch(self) -> None:
         """A lasting effect must be seen until the heal; detectors' reports are noted when they come."""
-        if lasting(self._plan) and (silent := self._reach.silent(EVERY * LOST * 3)):
+        if any(map(_probed, self._plan.acts)) and (silent := self._reach.silent(EVERY * LOST * 3)):
             why = f"the prober in zone {silent[0]} fell silent, so that the fault cannot be seen"
             self._tape.stop("inconclusive", why)
         for act in self._plan.acts:
@@ -147,7 +153,7 @@ class Effects:
             while not seen.holds and clock.now() < until:
                 clock.pause(EVERY / 2)
                 seen = self._still(act)
-            silent = self._reach.silent(EVERY * LOST * 3)
+            silent = _probed(act) and self._reach.silent(EVERY * LOST * 3)
             self._tape.mark(Step.EFFECT, seen.holds and not silent, act.what, seen.detail)
 
     def _detected(self, proof: Detected) -> bool:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import pytest
 from planted import HARM, Plant
 
-from faults.base import Cordoned, Cut, Dead, Evict, Mute, Plan
+from faults.base import Cordoned, Cut, Dead, Evict, Mute, Newborn, Plan, Roll
 from gameday import clock, effects as effects_
-from gameday.cluster import Cluster, Node
+from gameday.cluster import Cluster, Node, Watched
 from gameday.effects import Effects, lasting
 from gameday.judge import judge
 from gameday.model import Event, EvictionMark, FaultFacts, FaultMark, Note, PodMark, Step, Timeline
@@ -182,6 +182,35 @@ def test_a_drain_that_moved_nobody_is_not_proven_however_often_it_was_asked_for(
     (mark,) = [event for event in tape.events if isinstance(event, FaultMark)]
     assert not done and not mark.ok and mark.step is Step.EFFECT and "no eviction was accepted" in mark.detail
     assert tape.stopped
+
+
+def test_an_update_that_somebody_takes_back_was_let_go_too_early() -> None:
+    """Argo CD heals itself within seconds; the rollout had been proven once, and nobody looked again."""
+
+    def looked(image: str, *, taken_back: bool) -> list[bool]:
+        tape, nobody = Tape(lambda _: None), SimpleNamespace()
+        watch = Watcher(nobody, {"app": "e"}, "e", tape.emit)  # type: ignore[arg-type]
+
+        def born(what: Literal["ADDED", "DELETED"]) -> None:
+            owners = [{"kind": "ReplicaSet", "name": "e-2"}]
+            meta = {"name": "new", "namespace": "llm", "uid": "u2", "ownerReferences": owners}
+            watch._on_pod(Watched(what, {"metadata": meta, "spec": {"containers": []}, "status": {}}), True)
+
+        (act,) = acts = (Roll("e", "llm", "u", {}, Newborn("e", lasting=not image)),)
+        effects = Effects(Plan(FACTS, acts, ()), nobody, watch, tape)  # type: ignore[arg-type]
+        harm = clock.now()
+        born("ADDED")
+        assert effects.prove(act, harm)
+        if taken_back:
+            born("DELETED")
+        for _ in range(LOST + 2):
+            effects.watch()
+        effects.last_look()
+        return [one.ok for one in tape.events if isinstance(one, FaultMark)][1:]
+
+    assert looked("", taken_back=False) == [True]
+    assert False in looked("", taken_back=True)
+    assert looked("bad", taken_back=True) == [], "that a bad version is taken back is what is hoped for"
 
 
 # ── what nobody could prove ─────────────────────────────────────────────────────────────────────
