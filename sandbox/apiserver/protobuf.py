@@ -55,6 +55,8 @@ def _fields(type: str) -> dict[int, _Field]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
+    if at < len(data) and data[at] < 0x80:  # nearly all are short
+        return data[at], at + 1
     value = 0
     for i in range(_VARINT_BYTES):
         if at + i >= len(data):
@@ -156,10 +158,12 @@ _CHOICES = {
 
 
 def _value(type: str, raw: _Raw) -> Any:
-    wire, decoder = _SCALARS.get(type) or (bytes, functools.partial(_composed, type))
-    if not isinstance(raw, wire):
-        raise _Broken(f"{raw!r:.40} where {type} belongs")
-    return decoder(raw)
+    scalar = _SCALARS.get(type)
+    if scalar is not None and isinstance(raw, scalar[0]):
+        return scalar[1](raw)
+    if scalar is None and isinstance(raw, bytes):
+        return _composed(type, raw)
+    raise _Broken(f"{raw!r:.40} where {type} belongs")
 
 
 def _composed(type: str, raw: bytes) -> Any:
@@ -173,9 +177,8 @@ def _composed(type: str, raw: bytes) -> Any:
 
 def _list(type: str, raw: _Raw) -> list[Any]:
     """One item; several of numbers that came packed."""
-    wire, decoder = _SCALARS.get(type, (bytes, None))
-    if wire is int and decoder and isinstance(raw, bytes):
-        return [decoder(item) for item in _varints(raw)]
+    if isinstance(raw, bytes) and _SCALARS.get(type, (bytes,))[0] is int:
+        return [_value(type, item) for item in _varints(raw)]
     return [_value(type, raw)]
 
 
