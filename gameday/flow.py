@@ -58,6 +58,7 @@ class Flow:
             served_zone=settings.served_zone,
             served_via=settings.served_via,
             api_key_file=settings.api_key_file,
+            ca_file=settings.ca_file,
         )
 
     def begin(self, at: clock.Instant) -> None:

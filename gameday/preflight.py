@@ -280,6 +280,7 @@ class Preflight:
             served_zone=self._settings.served_zone,
             served_via=self._settings.served_via,
             api_key_file=self._settings.api_key_file,
+            ca_file=self._settings.ca_file,
         )
         if self._settings.served_by and not (reply.pod or reply.via):
             raise TargetError(

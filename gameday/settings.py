@@ -65,6 +65,7 @@ class Settings(BaseSettings):
     served_zone: str = "x-served-zone"
     served_via: str = "x-gateway"  # … the gateway pod in front of it
     api_key_file: Path | None = None
+    ca_file: Path | None = None  # of an https target with a CA of its own; None: those that the system trusts
     zone: str | None = None
     chaos_namespace: str = ""  # where Chaos Mesh runs; "": its installation is not looked at
 

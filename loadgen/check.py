@@ -72,7 +72,8 @@ def one_token(
         return _ask(whom, api, time.monotonic(), within, stream)
     except ssl.SSLError as e:
         why = getattr(e, "verify_message", "") or e.reason or str(e)
-        ours = "; name the CA by --ca-file if it is your own" if isinstance(e, ssl.SSLCertVerificationError) else ""
+        odd = isinstance(e, ssl.SSLCertVerificationError)
+        ours = "; name the CA (ca_file, --ca-file) if it is your own" if odd else ""
         raise LoadError(f"TLS with {whom.url} failed: {why}{ours}") from e
     except (socket.gaierror, UnicodeError) as e:
         raise LoadError(f"the target {whom.url} cannot be found: {getattr(e, 'strerror', e)}") from e

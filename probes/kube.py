@@ -234,7 +234,7 @@ class Watcher:
             self._mark(pod, "ready" if pod.ready else "unready", pod.waiting)
 
     def _mark(self, pod: Pod, stage: str, detail: str = "") -> None:
-        target = pod.key in self._targets
+        target = pod.key in self._targets and pod.uid not in self._late
         owner = self._service if self._selected(pod) else pod.owner
         self._emit(
             PodMark(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from gameday.errors import ExperimentError
-from gameday.model import STREAM_BROKEN, Finding, Phase, Reply, Timeline
+from gameday.model import STREAM_BROKEN, Finding, Phase, PodMark, Reply, Timeline
 from gameday.objectives.base import (
     FAIL,
     INCONCLUSIVE,
@@ -30,7 +30,7 @@ from gameday.objectives.base import (
     worst_time,
 )
 from gameday.units import Seconds, show_duration
-from gameday.windows import requests, window
+from gameday.windows import of, requests, window
 
 
 @objective
@@ -354,9 +354,10 @@ class UnbrokenStreams(Objective):
     def judge(self, timeline: Timeline, phase: Phase) -> Finding:
         some = [r for r in requests(timeline, phase, self.cls, self.zone) if r.t_first is not None]
         targets = {p.rsplit("/", 1)[-1] for p in timeline.fault.pods} if self.except_on == "targets" else set()
+        reborn = _reborn(timeline, targets)
         broken = [r for r in some if r.outcome in STREAM_BROKEN]
         # A stream whose pods we do not know may have run anywhere: it counts.
-        bad = [r for r in broken if not _ran_on(r, targets)]
+        bad = [r for r in broken if not _ran_on(r, {t for t in targets if r.t_intended < reborn.get(t, math.inf)})]
         where = sorted({f"{r.pod or 'unknown pod'}{f' via {r.via}' if r.via else ''}" for r in bad})
         evidence = f"{len(broken) - len(bad)} broken on the targets" if self.except_on else ""
         if bad:
@@ -371,6 +372,12 @@ class UnbrokenStreams(Objective):
         return Finding(
             phase, self.title, status, count, float(self.at_most), "count", count, count, len(some), evidence
         )
+
+
+def _reborn(timeline: Timeline, names: set[str]) -> dict[str, float]:
+    """When another pod took the name of one of these, as StatefulSets have it: that one is no target."""
+    made = [m for m in of(timeline, PodMark) if m.stage == "created" and m.pod.rsplit("/", 1)[-1] in names]
+    return {m.pod.rsplit("/", 1)[-1]: m.t for m in sorted(made, key=lambda m: -m.t)}
 
 
 def _ran_on(reply: Reply, pods: set[str]) -> bool:

@@ -693,3 +693,13 @@ def test_a_stream_through_a_lost_gateway_ran_on_the_target() -> None:
     assert during(asked, replace(run, replies=through)).status is FAIL
     assert during(asked, replace(run, fault=lost, replies=through)).status is PASS
     assert during(asked, replace(run, fault=lost)).status is FAIL
+
+
+def test_a_pod_that_took_a_targets_name_is_no_target() -> None:
+    """A StatefulSet's: its broken streams were excused as long as the run lasted."""
+    run = broken_streams("engine-b")
+    (broken,) = (r.t_intended for r in run.replies if not r.ok)
+    asked = UnbrokenStreams(except_on="targets")
+    for at, wanted in ((broken - 1, FAIL), (broken + 1, PASS)):
+        again = PodMark(at, "llm/engine-b", "uid-2", "created", owner="engine")
+        assert during(asked, replace(run, events=(*run.events, again))).status is wanted

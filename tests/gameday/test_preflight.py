@@ -428,3 +428,17 @@ def test_doctor_is_a_table_that_says_what_to_do(kubeconfig: Path, chaotic: Clust
     by_name = {check["name"]: check for check in found}
     assert by_name["rights"]["ok"] and not by_name["targets"]["ok"] and by_name["targets"]["todo"]
     assert by_name["Prometheus"]["missing"] == "prometheus"
+
+
+def test_a_target_of_a_ca_of_ones_own_is_asked_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The advice was an option that pytest does not have."""
+    given: list[Any] = []
+
+    def asked(*_: Any, **more: Any) -> Any:
+        given.append(more["ca_file"])
+        return SimpleNamespace(ttft=0.1, pod="p", via=None)
+
+    monkeypatch.setattr(preflight_, "one_token", asked)
+    nobody: Any = None
+    Preflight(nobody, None, settings(target="https://127.0.0.1:1", ca_file=tmp_path / "ca.crt"))._generation()
+    assert given == [tmp_path / "ca.crt"]

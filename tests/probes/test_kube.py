@@ -119,7 +119,9 @@ def test_whether_a_pod_is_still_there() -> None:
 
 def test_another_pod_of_its_name_is_not_still_there() -> None:
     """As StatefulSets make them: a mute pod that was replaced was taken for one that has to answer again."""
-    watch = watcher()
+    marks: list[Any] = []
+    nobody: Any = None
+    watch = Watcher(nobody, {"app": "engine"}, "engine", marks.append)
     watch._on_pod(Watched("ADDED", pod("engine-0")), False)
     watch.aim(frozenset({"llm/engine-0"}))
     assert watch.exist(["llm/engine-0"])
@@ -128,6 +130,11 @@ def test_another_pod_of_its_name_is_not_still_there() -> None:
     again["metadata"]["uid"] = "uid-2"
     watch._on_pod(Watched("ADDED", again), True)
     assert not watch.exist(["llm/engine-0"])
+    assert [(mark.stage, mark.target, mark.covered) for mark in marks] == [
+        ("exists", False, True),
+        ("gone", True, True),
+        ("created", False, False),
+    ]
 
 
 @pytest.mark.parametrize(
