@@ -261,7 +261,9 @@ def summarise(
         except (OSError, GamedayError) as wrong:
             write_line(f"report: NOT WRITTEN: {wrong}")
     regressed = held.regressed if held else ()
-    for delivery in tell(_notify(arena, options), arena.root if arena else Path("runs"), judged, regressed=regressed):
+    closed = held.closed if held and all(one.passed for one in judged) else ""  # else the verdicts say it
+    root = arena.root if arena else Path("runs")
+    for delivery in tell(_notify(arena, options), root, judged, regressed=regressed, closed=closed):
         write_line(delivery.line)
 
 

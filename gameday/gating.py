@@ -30,6 +30,11 @@ class Held:
     markdown: str = ""
     regressed: tuple[str, ...] = ()
 
+    @property
+    def closed(self) -> str:
+        """Why, where nothing regressed; "" for an open gate."""
+        return "" if self.passed or self.regressed else self.story.splitlines()[-1]
+
 
 def asked(config: pytest.Config) -> Asked | None:
     """None where the command line asks for no gate."""

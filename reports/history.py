@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -85,7 +86,8 @@ Figures = tuple[float | None, float | None, float | None, str]
 
 
 def _seen(column: int, root: Path, entries: Sequence[Entry], measure: Callable[[Judgement], Figures]) -> _Seen:
-    slowest = max(entries, key=lambda e: measure(e.judgement)[0] or 0.0)
+    values = [math.inf if (value := measure(e.judgement)[0]) is None else value for e in entries]
+    slowest = entries[values.index(max(values))]  # none is slower than the one that never came back
     value, low, high, said = measure(slowest.judgement)
     verdict = Verdict.worst(e.judgement.verdict for e in entries)
     trials = f" (the slowest of {len(entries)} trials)" if len(entries) > 1 else ""
@@ -123,7 +125,8 @@ def _runs(run_root: Path) -> list[Path]:
 def _began(run_root: Path) -> float:
     """Wall time at which the run's first experiment began; 0 where there is none."""
     return min(
-        (float(e.about["epoch_wall"]) for e in verdicts.entries(run_root) if "epoch_wall" in e.about), default=0.0
+        (t for e in verdicts.entries(run_root) if (t := verdicts.number(e.about.get("epoch_wall"))) < math.inf),
+        default=0.0,
     )
 
 

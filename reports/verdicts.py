@@ -70,7 +70,7 @@ def entries(run_root: Path) -> tuple[Entry, ...]:
         raise RecordError(f"{run_root} is not a run directory")
     dirs = sorted(d for d in run_root.iterdir() if any((d / name).is_file() for name in SIGNS))
     found = [Entry(d, read(d), _about(d)) for d in dirs]
-    return tuple(sorted(found, key=lambda e: _number(e.about.get("epoch_mono"))))
+    return tuple(sorted(found, key=lambda e: number(e.about.get("epoch_mono"))))
 
 
 BEGUN = "experiment could begin"
@@ -130,7 +130,8 @@ def _about(run_dir: Path) -> Mapping[str, str]:
         return MappingProxyType({})
 
 
-def _number(text: str | None) -> float:
+def number(text: str | None) -> float:
+    """What run.json says, infinite where it says none."""
     try:
         return float(text or "inf")
     except ValueError:

@@ -22,15 +22,16 @@ from reports.notify.settings import Notify as Notify
 
 
 def tell(
-    config: Notify, run_root: Path, judgements: Sequence[Judgement], *, regressed: Sequence[str] = ()
+    config: Notify, run_root: Path, judgements: Sequence[Judgement], *, regressed: Sequence[str] = (), closed: str = ""
 ) -> tuple[Delivery, ...]:
     """Deliver to everyone that `config` names, and say how it went; () where it names nobody.
 
     Of several judgements of one experiment (trials) the worst counts. `regressed`: what closed the gate though its
-    verdict is PASS, in words; Slack and the webhook hear of it. Raises nothing that depends on the network,
+    verdict is PASS, `closed`: why else it is closed, in words; Slack and the webhook hear of both. Raises nothing that depends on the network,
     on secrets or on the run directory.
     """
-    news = gather(run_root, judgements, cluster=config.cluster, report_url=config.report_url, regressed=regressed)
+    where = {"cluster": config.cluster, "report_url": config.report_url}
+    news = gather(run_root, judgements, **where, regressed=regressed, closed=closed)
     made: list[Post | Delivery] = []
     for to, make in _channels(config, news):
         try:
@@ -44,7 +45,8 @@ def tell(
 
 def _channels(config: Notify, news: News) -> Iterator[tuple[str, Callable[[], Sequence[Post | Delivery]]]]:
     """Who is told, and what makes the posts for them."""
-    everything_passed = bool(news.items) and all(i.judgement.passed for i in news.items) and not news.regressed
+    passed = bool(news.items) and all(i.judgement.passed for i in news.items)
+    everything_passed = passed and not news.regressed and not news.closed
     if config.slack and not (config.slack_quiet and everything_passed):
         yield "Slack", lambda: slack.posts(config.slack, news)
     if config.pagerduty:

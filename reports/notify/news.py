@@ -48,6 +48,7 @@ class News:
     entries: tuple[Entry, ...]
     link: str  # the run's index page
     regressed: tuple[str, ...] = ()  # what got slower than in earlier runs beyond their noise, in words
+    closed: str = ""  # why the gate let the run not through, where that is neither a verdict's doing nor a regression's
 
     @property
     def verdict(self) -> Verdict:
@@ -58,7 +59,8 @@ class News:
     def headline(self) -> str:
         tally = words.tally(i.verdict for i in self.items) or "no experiment ran"
         slower = f" · {len(self.regressed)} REGRESSED" if self.regressed else ""
-        return words.one_line(f"Game day on {self.cluster}: {tally}{slower}")
+        closed = " · gate CLOSED" if self.closed else ""
+        return words.one_line(f"Game day on {self.cluster}: {tally}{slower}{closed}")
 
     def key(self, experiment: str) -> str:
         """The same for an experiment on a cluster in every run, whatever machine it runs on."""
@@ -66,7 +68,13 @@ class News:
 
 
 def gather(
-    run_root: Path, judgements: Sequence[Judgement], *, cluster: str, report_url: str, regressed: Sequence[str] = ()
+    run_root: Path,
+    judgements: Sequence[Judgement],
+    *,
+    cluster: str,
+    report_url: str,
+    regressed: Sequence[str] = (),
+    closed: str = "",
 ) -> News:
     """`judgements` speak; the run directory adds the cluster, and may be missing (an experiment that never began)."""
     try:
@@ -83,7 +91,7 @@ def gather(
     known = next((e.about for e in entries if "cluster" in e.about), {})
     name = cluster or re.split(r", Kubernetes\b", known.get("cluster", ""))[0] or UNKNOWN
     link = f"{base}/index.html" if base else ""
-    return News(run, name, known.get("namespace", ""), items, entries, link, tuple(regressed))
+    return News(run, name, known.get("namespace", ""), items, entries, link, tuple(regressed), closed)
 
 
 def _link(base: str, judgement: Judgement, entries: Sequence[Entry]) -> str:

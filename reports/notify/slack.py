@@ -42,6 +42,8 @@ def body(news: News) -> dict[str, Any]:
     if news.regressed:
         slower = "\n".join(f"• {escape(words.one_line(one))}" for one in news.regressed)
         blocks.append(_section(f":chart_with_upwards_trend: *REGRESSED*\n{slower}"))
+    if news.closed:
+        blocks.append(_section(f":lock: {escape(words.one_line(news.closed))}"))
     if good:
         blocks.append(_section("\n".join(_good(item) for item in good)))
     blocks.append({"type": "context", "elements": [{"type": "mrkdwn", "text": cut(" · ".join(_foot(news)), SECTION)}]})

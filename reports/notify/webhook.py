@@ -28,5 +28,6 @@ def body(news: News) -> dict[str, Any]:
         "headline": news.headline,
         "report": news.link,
         "regressed": list(news.regressed),
+        "closed": news.closed,
         "experiments": [figures(item) for item in news.items],
     }

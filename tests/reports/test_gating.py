@@ -13,6 +13,7 @@ from test_gate import NOISE, run
 
 from gameday import record
 from gameday.experiment import directory_of
+from gameday.gating import Asked, Held, hold
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,3 +165,14 @@ def test_a_report_that_cannot_be_written_is_said_and_changes_nothing(tmp_path: P
     done = pytest_of(tmp_path, runs / "usual/run-9", GITHUB_STEP_SUMMARY=str(tmp_path / "no" / "such.md"))
     assert done.returncode == 0, done.stdout
     assert "report: NOT WRITTEN: " in done.stdout and "index.html" in done.stdout
+
+
+def test_why_a_gate_is_closed_is_known_where_nothing_regressed(tmp_path: Path) -> None:
+    """So that it can be told: a green Slack beside a red pytest is worse than none."""
+    root = run(tmp_path, 1)
+    assert hold(root, Asked((), 0.1, 10, strict=False)).closed == ""
+    strict = hold(root, Asked((), 0.1, 10, strict=True))
+    assert not strict.passed and strict.closed.startswith("gate CLOSED: ") and "not compared" in strict.closed
+    (root / "zone_outage" / "events.jsonl").write_text("")
+    assert "was changed after" in hold(root, Asked((), 0.1, 10, strict=False)).closed
+    assert Held(False, "gate CLOSED: 1 regressed", regressed=("recovery",)).closed == ""

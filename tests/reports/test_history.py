@@ -88,6 +88,24 @@ def test_of_trials_the_worst_verdict_and_the_slowest_recovery_count(tmp_path: Pa
     assert "The slowest recovery took 30.0 s" in page
 
 
+def test_a_trial_that_never_came_back_is_the_slowest(tmp_path: Path) -> None:
+    """It counted as none at all, and the picture showed the quick one."""
+    run(tmp_path, 0, Verdict.PASS, 10)
+    root = run(tmp_path, 1, Verdict.PASS, 12, trials=2)
+    run(tmp_path, 1, Verdict.FAIL, 20, trial=2, trials=2)
+    never = replace(JUDGEMENT, verdict=Verdict.FAIL, recovery=Recovery(None, None, None))
+    record.write_verdict(root / "zone_outage.2", never)
+    usual, now = recovery_of(root).dots
+    assert "not seen" in now.said and now.y < usual.y
+
+
+def test_a_run_whose_time_is_no_number_has_no_place_in_the_past(tmp_path: Path) -> None:
+    roots = [run(tmp_path, day, Verdict.PASS, 10) for day in range(2)]
+    path = roots[0] / "zone_outage" / "run.json"
+    path.write_text(path.read_text().replace(str(synthetic.ABOUT.epoch_wall), '"then"'))
+    assert '"then"' in path.read_text() and history.trends(roots[1]) == ()
+
+
 def test_a_trial_that_never_ran_is_counted(tmp_path: Path) -> None:
     root = run(tmp_path, 0, Verdict.PASS, 10, trials=3)
     page = html.write_index(root).read_text(encoding="utf-8")

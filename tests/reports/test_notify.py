@@ -615,3 +615,13 @@ def test_telling_changes_no_record(tmp_path: Path, root: Path) -> None:
     assert not any(d.ok for d in told)
     assert judged.verdict is Verdict.PASS
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+
+
+def test_a_gate_that_is_closed_is_told_though_every_verdict_is_pass(tmp_path: Path, server: Server, root: Path) -> None:
+    """A baseline that cannot be read, or --gate-strict: pytest was red, and Slack said nothing."""
+    config = everyone(tmp_path, server.url, slack_quiet=True)
+    tell(config, root, [verdict(Verdict.PASS)], closed="gate CLOSED: runs/<1> cannot be read")
+    (said,) = [r.body for r in server.requests if "blocks" in r.body]
+    assert "gate CLOSED" in said["text"] and "gate CLOSED: runs/&lt;1&gt; cannot be read" in str(said["blocks"])
+    (document,) = [r.body for r in server.requests if "experiments" in r.body]
+    assert document["closed"] == "gate CLOSED: runs/<1> cannot be read"
