@@ -27,8 +27,8 @@ def tell(
     """Deliver to everyone that `config` names, and say how it went; () where it names nobody.
 
     Of several judgements of one experiment (trials) the worst counts. `regressed`: what closed the gate though its
-    verdict is PASS, `closed`: why else it is closed, in words; Slack and the webhook hear of both. Raises nothing that depends on the network,
-    on secrets or on the run directory.
+    verdict is PASS, `closed`: why else it is closed, in words; Slack and the webhook hear of both. Raises
+    nothing that depends on the network, on secrets or on the run directory.
     """
     where = {"cluster": config.cluster, "report_url": config.report_url}
     news = gather(run_root, judgements, **where, regressed=regressed, closed=closed)
