@@ -433,10 +433,7 @@ class Cluster:
         raw = self._send("GET", kind.path(namespace), query=query, timeout=(5, QUIET))
         try:
             for line in _lines(raw, stop):
-                found = json.loads(line)
-                if found["type"] == "ERROR":
-                    status = found["object"]
-                    raise Refused(status.get("code", 500), status.get("reason", ""), status.get("message", ""))
+                found = _event(line)
                 since = found["object"]["metadata"]["resourceVersion"]
                 if found["type"] == "BOOKMARK":
                     continue
@@ -600,6 +597,19 @@ def _lines(raw: Any, stop: threading.Event) -> Iterator[str]:
         raise Quiet(f"no word for {QUIET:.0f} s") from quiet
     except (urllib3.exceptions.HTTPError, OSError) as lost:
         raise Unreachable(f"The stream from the API server broke: {lost}") from lost
+
+
+def _event(line: str) -> Obj:
+    """One event of a watch. Raises `Refused` for an ERROR, `ClusterError` for what is none (a proxy's page)."""
+    try:
+        found: Obj = json.loads(line)
+        if found["type"] == "ERROR":
+            status = found["object"]
+            raise Refused(status.get("code", 500), status.get("reason", ""), status.get("message", ""))
+        _ = found["object"]["metadata"]["resourceVersion"]
+    except (ValueError, KeyError, TypeError, AttributeError) as wrong:
+        raise ClusterError(f"a watch brought what is no event: {line[:80]!r}") from wrong
+    return found
 
 
 def _selectors(labels: str, fields: str) -> dict[str, str]:

@@ -147,7 +147,7 @@ class Session:
         self._watcher.start()
         self._reach = Reach(self._cluster, view, self._settings.prober_image, self._lasts)
         within = max(30.0, 2 * self._settings.heal_within)  # a node that has not pulled the image yet
-        self._reach.start(plan, lambda pod: self._save(pod["metadata"]["name"], pod), within)
+        self._reach.start(plan, lambda pod: self._save(pod["metadata"]["name"], pod), within, self.tape.stopping)
         parts = plan, self._reach, self._watcher, self.tape
         foreign = isinstance(self.spec.fault, ChaosToolkit)
         where = self._cluster, self._settings.allow_namespaces

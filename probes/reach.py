@@ -168,10 +168,16 @@ class Reach:
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
-    def start(self, plan: Plan, on_created: Callable[[Obj], None], within: float = 30.0) -> None:
+    def start(
+        self,
+        plan: Plan,
+        on_created: Callable[[Obj], None],
+        within: float = 30.0,
+        stop: threading.Event | None = None,
+    ) -> None:
         """Create the probers, that of the cut zone first (later ones watch earlier ones), and let each look.
 
-        Raises `MissingCapability("probers")` when they do not run here.
+        Raises `MissingCapability("probers")` when they do not run here, `ClusterError` when `stop` is set meanwhile.
         """
         known: list[Target] = []
         for name, zone in self._order(plan):
@@ -180,16 +186,21 @@ class Reach:
             on_created(pod)
             self._cluster.create(PODS, pod)
             self._tracks[zone] = _Track(zone, targets)
-            ip, node = self._wait(name, within)
+            ip, node = self._wait(name, within, stop)
             self._tracks[zone].doomed = node in plan.resets
             known.append(Target(f"{self._view.namespace}/{name}", zone, ip, PORT))
             threading.Thread(target=self._follow, args=(name, self._tracks[zone]), name=name, daemon=True).start()
         tracks = self._tracks.values()
         try:
             clock.wait_until(
-                lambda: all(t.rounds >= AGREE for t in tracks), within=within, what="the probers' first looks"
+                lambda: all(t.rounds >= AGREE for t in tracks),
+                within=within,
+                what="the probers' first looks",
+                stop=stop,
             )
         except clock.Waited as late:
+            if stop is not None and stop.is_set():
+                raise ClusterError(f"{late}.") from late
             raise MissingCapability("probers", f"{late}: their logs cannot be followed.") from late
 
     def manifests(self, plan: Plan) -> tuple[Obj, ...]:
@@ -251,7 +262,7 @@ class Reach:
                     found.append(Target(f"{pod.key}?{ask}", pod.zone, pod.ip, pod.ports[0], request))
         return tuple(found)
 
-    def _wait(self, name: str, within: float) -> tuple[str, str]:
+    def _wait(self, name: str, within: float, stop: threading.Event | None = None) -> tuple[str, str]:
         """Its address and its node, once it runs."""
         found: Obj = {}
         node = ""
@@ -263,12 +274,11 @@ class Reach:
             return found.get("phase") == "Running" and bool(found.get("podIP"))
 
         try:
-            clock.wait_until(running, within=within, every=0.05, what=f"prober {name} running")
+            clock.wait_until(running, within=within, every=0.05, what=f"prober {name} running", stop=stop)
         except clock.Waited as late:
-            states = [s.get("state") for s in found.get("containerStatuses") or []]
-            raise MissingCapability(
-                "probers", f"{late} (phase {found.get('phase')}, {states}): can {self._image} be pulled here?"
-            ) from late
+            if stop is not None and stop.is_set():  # a signal must not wait for an image that cannot be pulled
+                raise ClusterError(f"{late}.") from late
+            raise MissingCapability("probers", f"{late} ({_unready(found)}).") from late
         return str(found["podIP"]), node
 
     def _follow(self, name: str, track: _Track) -> None:
@@ -462,6 +472,16 @@ def _elsewhere(avoid: tuple[str, ...]) -> Obj:
     ]  # one value each
     wish = {"weight": 100, "preference": {"matchFields": fields}}
     return {"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [wish]}}}
+
+
+def _unready(status: Obj) -> str:
+    """Why a pod does not run, as far as its status tells."""
+    for one in status.get("conditions") or []:
+        if one.get("type") == "PodScheduled" and one.get("status") == "False":
+            return f"no node takes it: {one.get('message') or one.get('reason') or 'no reason given'}"
+    waiting = [(one.get("state") or {}).get("waiting") or {} for one in status.get("containerStatuses") or []]
+    told = "; ".join(f"{one['reason']} {one.get('message', '')}".strip() for one in waiting if one.get("reason"))
+    return told or f"phase {status.get('phase')}: see its events; can prober_image be pulled here?"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gameday import clock
+from gameday import clock, cluster as cluster_
 from gameday.cluster import Cluster, Refused, Unreachable, Watched, to_node
 from gameday.errors import ClusterError
 from gameday.kinds import CONFIGMAPS
@@ -85,6 +87,29 @@ def test_a_watch_sees_every_change_and_ends_when_told(cluster: Cluster) -> None:
     stop.set()
     thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("odd", ["<html>log in</html>", "[]", '{"type": "ADDED"}'])
+def test_a_watch_goes_on_after_what_is_no_event(odd: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy's page ended its thread for good; that of `gameday stop` nobody missed."""
+    stop, seen, lines = threading.Event(), list[str](), cluster_._lines
+    pages = [odd]
+
+    def brought(*given: Any) -> Iterator[str]:
+        if pages:
+            yield pages.pop()
+        yield from lines(*given)
+
+    monkeypatch.setattr(cluster_, "_lines", brought)
+
+    def note(event: Watched) -> None:
+        seen.append(event.object["metadata"]["name"])
+
+    threading.Thread(target=cluster.watch, args=(CONFIGMAPS, "llm", note, stop), daemon=True).start()
+    clock.wait_until(lambda: not pages, within=10, what="the page")
+    cluster.create(CONFIGMAPS, configmap(f"after-{len(odd)}"))
+    clock.wait_until(lambda: f"after-{len(odd)}" in seen, within=10, what="the change after it")
+    stop.set()
 
 
 def test_rights_are_asked_for(cluster: Cluster) -> None:

@@ -8,13 +8,16 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from faults.base import Cut, Dead, Mute
+from faults.base import Cut, Dead, Mute, Plan
 from gameday.cluster import Node
+from gameday.errors import ClusterError, MissingCapability
+from gameday.model import FaultFacts
 from probes import reach
 from probes.reach import Reach, Target, _Track
 
@@ -272,3 +275,48 @@ def test_the_probers_script_tells_a_hang_from_a_refusal_and_an_answer() -> None:
         )
     seen = [json.loads(line)["up"] for line in done.stdout.splitlines()]
     assert seen and set(seen) == {"1001"}, "answered; refused; silent; and its kernel takes the connection"
+
+
+# ── probers that do not come up ─────────────────────────────────────────────────────────────────
+
+
+class Pending:
+    """A cluster in which nothing ever runs, for this reason."""
+
+    namespace = "llm"
+
+    def __init__(self, **status: Any) -> None:
+        self._status = {"phase": "Pending", **status}
+
+    def create(self, *_: Any) -> None:
+        pass
+
+    def get(self, *_: Any) -> Any:
+        return {"spec": {}, "status": self._status}
+
+
+def pending(stop: threading.Event | None = None, within: float = 0.1, **status: Any) -> str:
+    view: Any = SimpleNamespace(namespace="llm", probers=PROBERS[:1], pods=(), ready=(), labels={}, nodes=())
+    made = Reach(Pending(**status), view, "image", 60)  # type: ignore[arg-type]
+    plan = Plan(FaultFacts("x", "x", one_shot=True, lasting=1, pods=()), (), ())
+    with pytest.raises(ClusterError) as told:
+        made.start(plan, lambda _: None, within, stop)
+    assert isinstance(told.value, MissingCapability) is (stop is None)
+    return str(told.value)
+
+
+def test_a_stop_does_not_wait_for_a_prober_that_does_not_come() -> None:
+    """SIGTERM came while an image was pulled in vain: the grace period was over before anything was taken away."""
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    begun = time.monotonic()
+    assert "stopped while waiting for prober gd-x-prober-a" in pending(stop, within=60.0)
+    assert time.monotonic() - begun < 30
+
+
+def test_why_a_prober_does_not_run_is_told() -> None:
+    full = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available: 3 Insufficient cpu"}
+    assert "no node takes it: 0/3 nodes are available" in pending(conditions=[full])
+    waiting = {"waiting": {"reason": "ErrImagePull", "message": "not found"}}
+    assert "ErrImagePull not found" in pending(containerStatuses=[{"state": waiting}])
+    assert "phase Pending" in pending()
