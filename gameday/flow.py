@@ -19,7 +19,8 @@ from loadgen import launch, plan as load_plan
 from loadgen.traffic import Traffic
 
 RECENT = 3.0  # seconds that live figures look back
-DRAIN = 4.0  # seconds that requests under way get at the end
+DRAIN, DRAIN_MOST = 4.0, 60.0  # seconds that requests under way get at the end: at least, and at most
+SILENT = 2.0  # seconds without a word after which a request under way counts as bad for the stop conditions, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class Flow:
             served_via=settings.served_via,
             api_key_file=settings.api_key_file,
             ca_file=settings.ca_file,
+            # A model that thinks for seconds before its first token does not hang; whoever looks back far can wait.
+            silent_after=max(SILENT, settings.stop_after / 4),
         )
 
     def begin(self, at: clock.Instant) -> None:
@@ -90,13 +93,18 @@ class Flow:
             while self._recent and self._recent[0].t_end < horizon:
                 self._recent.popleft()
 
-    def end(self) -> str:
-        """Stop arrivals and workers; returns why the load is not sound, "" when it is."""
+    def end(self, *, hurried: bool = False) -> str:
+        """Stop arrivals and workers; returns why the load is not sound, "" when it is.
+
+        What is under way gets twice the time that any good request took: with less, a slow model's usual requests
+        would be cut off, and look like hanging ones.
+        """
         if self._load is None:
             return ""
         wrong = ""
         try:
-            self._load.stop(within=DRAIN)
+            longest = 0.0 if hurried else max((reply.latency for reply in self.replies if reply.ok), default=0.0)
+            self._load.stop(within=min(max(DRAIN, 2 * longest), DRAIN_MOST))
         except LoadError as lost:
             wrong = str(lost)
         self.follow()

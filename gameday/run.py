@@ -557,7 +557,7 @@ class Session:
         try:
             if self._guard:
                 self._guard.stop()
-            if wrong := self._flow.end():
+            if wrong := self._flow.end(hurried=self.interrupted is not None):
                 self.tape.note("inconclusive", wrong)
             if self._sampler:
                 self._sampler.stop()
