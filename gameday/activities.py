@@ -13,6 +13,7 @@ import json
 import math
 import os
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +219,9 @@ def check(own: Own, place: str, *, namespaces: Sequence[str] | None) -> None:
     Raises `ExperimentError`.
     """
     try:
-        ensure_experiment_is_valid(own.plain)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # chaoslib's, of a process' mapping of arguments
+            ensure_experiment_is_valid(own.plain)
     except (ChaosException, TypeError, KeyError, AttributeError) as wrong:
         raise ExperimentError(f"{place} is not a valid experiment: {' '.join(str(wrong).split())}") from wrong
     try:
@@ -294,11 +297,26 @@ class Running:
             self._output = run.get("output")
             if run.get("status") != "succeeded":
                 self._wrong = words(*(run.get("exception") or [run.get("status")]))
+            elif self._one.action:
+                self._wrong = _refusal(activity["provider"].get("type"), self._output)
         except BaseException as wrong:  # noqa: BLE001 - their code; SystemExit and all: it must be told, never swallowed
             self._wrong = words(*[f"{type(wrong).__name__}: {wrong}"])
         finally:
             self._over.set()
             _begun.discard(self)
+
+
+def _refusal(provider: str, output: Any) -> str:
+    """How a command, or a server, says that it has not done it, which chaoslib takes for an answer like any other.
+
+    A rollback that failed would otherwise count as done.
+    """
+    status = output.get("status") if isinstance(output, Mapping) else None
+    if provider == "process" and status:
+        return words(f"exit code {status}", output.get("stderr"))
+    if provider == "http" and isinstance(status, int) and status >= 400:
+        return words(f"HTTP status {status}")
+    return ""
 
 
 def run(

@@ -1,12 +1,14 @@
 """Where an activity of a team's experiment may reach, by what its arguments say: allowed namespaces, chosen targets.
 
 Of chaostoolkit-kubernetes the signatures are known, and an action that leaves its selector or namespace out would mean
-all of them, or `default`. Of other code only arguments that are called like a namespace are held to the allow-list.
+all of them, or `default`. Of other code only arguments that are called like a namespace are held to the allow-list,
+and what a kubectl names.
 """
 
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +29,8 @@ def check(what: str, action: bool, provider: Mapping[str, Any], namespaces: Sequ
     `provider` is Chaos Toolkit's, its arguments with the configuration's values in them.
     """
     given: Any = provider.get("arguments") or {}
+    if namespaces is not None and Path(str(provider.get("path", ""))).name == "kubectl":
+        _allow(what, _of_kubectl(what, action, given), namespaces)
     if not isinstance(given, Mapping):  # a process' command line
         return
     module, func = str(provider.get("module", "")), str(provider.get("func", ""))
@@ -57,6 +61,24 @@ def _allow(what: str, named: Iterator[str], namespaces: Sequence[str]) -> None:
             raise ExperimentError(
                 f"{what} reaches namespace {where!r}, which is not in allow_namespaces ({', '.join(namespaces)})."
             )
+
+
+def _of_kubectl(what: str, action: bool, given: Any) -> Iterator[str]:
+    """The namespaces that a kubectl command line names: text, a list, or a mapping as Chaos Toolkit takes it."""
+    if isinstance(given, Mapping):
+        given = [one for pair in given.items() for one in pair]
+    try:
+        words = shlex.split(given) if isinstance(given, str) else [str(one) for one in given]
+    except ValueError:  # an unclosed quote, of which the shell will complain
+        words = str(given).split()
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, has_value, value = word.partition("=")
+        if action and (word == "-A" or (name == "--all-namespaces" and value in ("", "true"))):
+            raise ExperimentError(f"{what} reaches all namespaces ({word}): name one of allow_namespaces.")
+        if name in ("-n", "--namespace"):
+            yield value if has_value else following
+        elif word.startswith("-n") and not word.startswith("--"):
+            yield word.removeprefix("-n")
 
 
 def _says(value: Any) -> bool:

@@ -11,7 +11,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -255,6 +255,35 @@ def test_a_namespace_from_the_configuration_is_held_to_it_too(monkeypatch: pytes
         reach("pod", "terminate_pods", {"where": {"type": "env", "key": "NOT_THERE"}}, **where)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "delete pods -l app=x -n kube-system",
+        "--namespace=kube-system delete pod x",
+        "-nkube-system delete pod x",
+        ["delete", "pod", "x", "--namespace", "kube-system"],
+        {"delete": "pod", "x": "", "-n": "kube-system"},
+        "delete pods -A -l app=x",
+        "delete pods --all-namespaces=true -l app=x",
+    ],
+)
+def test_a_kubectl_is_held_to_it_too(arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kubectl").write_text("#!/bin/sh\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    def checked(given: Any) -> None:
+        provider = {"type": "process", "path": "kubectl", "arguments": given}
+        plain = experiment({"type": "action", "name": "kubectl", "provider": provider})
+        activities.check(parse(plain, "x.chaos.yaml"), "x.chaos.yaml", namespaces=("llm", "data"))
+
+    with pytest.raises(ExperimentError, match=r"reaches (namespace 'kube-system'|all namespaces)"):
+        checked(arguments)
+    checked("-n llm scale deployment chat --replicas=2")
+    checked({"-n": "data", "delete": "pod", "x": ""})
+    checked("cordon node-1")
+
+
 def test_a_resource_in_a_file_is_held_to_it_too(tmp_path: Path) -> None:
     for where in ("kube-system", "llm"):
         selector = {"selector": {"namespaces": [where]}}
@@ -489,3 +518,22 @@ def test_without_rollbacks_it_is_one_shot() -> None:
 def test_reading_says_what_it_cannot_read(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="cannot be read: No such file"):
         read(tmp_path / "none.chaos.yaml")
+
+
+def test_a_command_that_fails_has_not_been_done(tmp_path: Path) -> None:
+    """Its exit code was an answer like any other: a rollback that failed counted as done."""
+    provider = {"type": "process", "path": "sh", "arguments": ["-c", "echo no such deployment >&2; exit 3"]}
+    fails = {"type": "action", "name": "undo it", "provider": provider}
+    found = own(act("nothing"), fails, rollbacks=[fails])
+    with pytest.raises(Unreadable, match="'undo it' raised: exit code 3 no such deployment"):
+        run(found, found.method[1], ENVIRONMENT)
+    entry = Undo("rollback", "rollbacks", "Theirs", value=found.text)
+    with pytest.raises(HealError, match="rollback 'undo it' raised: exit code 3"):
+        undo(cast(Any, SimpleNamespace(environment=lambda: ENVIRONMENT)), entry, within=5)
+    asked = own(act("nothing"), {**fails, "type": "probe", "tolerance": 3})
+    assert "undo it" in probe(asked, asked.method[1], ENVIRONMENT), "of a probe, its tolerance says what is good"
+
+
+@pytest.mark.parametrize(("output", "told"), [({"status": 503}, "HTTP status 503"), ({"status": 204}, ""), ("x", "")])
+def test_a_server_that_refuses_has_not_done_it(output: Any, told: str) -> None:
+    assert activities._refusal("http", output) == told
