@@ -359,6 +359,9 @@ class Reach:
 def _blind(proof: Seeable, pairs: _Pairs) -> str:
     """Why these pairs, which worked before, cannot show it; "" where they can."""
     todo = "is there a NetworkPolicy in the way, or no TCP port of theirs that is declared or probed?"
+    if isinstance(proof, Mute):
+        asked = f"GET {proof.health}" if proof.ask == "health" else f"POST {proof.generate} for one token"
+        todo = f"do they answer {asked} with 2xx within {ASK_PATIENCE:g} s, and do policies and meshes let probers ask?"
     if not pairs.must_fail:
         return f"no prober could reach the targets before: {todo}"
     if isinstance(proof, Dead | Mute) and (unseen := set(proof.pods) - {_pod_of(key) for _, key in pairs.must_fail}):

@@ -239,6 +239,15 @@ def test_a_mute_pod_is_gone_when_it_answers_again_and_no_pair_proves_nothing() -
     assert not asking.reach.look_gone(ZOMBIE, frozenset()).holds
 
 
+def test_what_a_pod_must_answer_to_be_seen_mute_is_told() -> None:
+    asking = Asking()
+    assert asking.reach.blind(HUNG) == "" == asking.reach.blind(ZOMBIE)
+    asking.rounds(3, "llm/engine-a?health", "llm/engine-a?generate")
+    asking.reach.settle()
+    assert "answer GET /health with 2xx" in asking.reach.blind(HUNG)
+    assert "answer POST /v1/completions for one token with 2xx" in asking.reach.blind(ZOMBIE)
+
+
 def test_questions_are_no_connections() -> None:
     asking = Asking()
     asking.rounds(3, *ASKED)
