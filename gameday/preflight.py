@@ -27,6 +27,7 @@ from probes.reach import prober
 CHAOS = "chaos-mesh.org/v1alpha1"
 CHAOS_KINDS = ("networkchaos", "podchaos")
 CHAOS_VERSIONS = ("2.6", "2.7", "2.8")  # whose sources and CRDs this is written against
+_ADDRESS = re.compile(r"\d+\.\d+\.\d+\.\d+(:\d+)?|\[?[0-9a-fA-F:]*:[0-9a-fA-F:]*:[0-9a-fA-F:.]*\]?(:\d+)?")
 INJECT = "chaos-mesh.org/inject"  # annotation of a namespace into which chaos may go, where Chaos Mesh filters
 
 
@@ -282,12 +283,21 @@ class Preflight:
             api_key_file=self._settings.api_key_file,
             ca_file=self._settings.ca_file,
         )
-        if self._settings.served_by and not (reply.pod or reply.via):
-            raise TargetError(
-                f"The answer of {self._settings.target} has no header {self._settings.served_by}, so that nobody knows "
-                'whom the load reaches: set served_by to the header that names the pod, or to "" where there is none.'
-            )
+        if self._settings.served_by:
+            self._demand_name(reply.pod or reply.via or "")
         return f"{self._settings.target} answers, first token after {(reply.ttft or 0) * 1000:.0f} ms"
+
+    def _demand_name(self, told: str) -> None:
+        """Raise where answers do not name their pod: the fault would be done, and nobody know whom the load reached."""
+        header = f"header {self._settings.served_by}"
+        wrong = "" if told else f"has no {header}"
+        if _ADDRESS.fullmatch(told):
+            wrong = f"names an address, {told}, in the {header}, and no pod"
+        if wrong:
+            raise TargetError(
+                f"The answer of {self._settings.target} {wrong}: "
+                'set served_by to a header that names the pod, or to "" where there is none.'
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,6 +277,14 @@ def test_a_target_that_does_not_name_its_pods_is_told_before_the_harm(monkeypatc
     flight = Preflight(nobody, None, settings(target="http://127.0.0.1:1", model="m"))
     with pytest.raises(TargetError, match=r'no header x-served-by.* set served_by .* or to ""'):
         flight._generation()
+    for address in ("10.0.0.7", "10.0.0.7:8000", "[fd00::7]:8000", "fd00::7"):  # as inference gateways have it
+        answers.pod = address
+        with pytest.raises(TargetError, match="names an address"):
+            flight._generation()
+    for name in ("engine-0", "llm/engine-7d9c-x2", "10-0-0-7.pod", "dead-beef"):
+        answers.pod = name
+        assert "answers" in flight._generation()
+    answers.pod = None
     answers.via = "gateway-1"
     assert "answers" in flight._generation()
     answers.via = None
