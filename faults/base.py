@@ -334,9 +334,12 @@ def bites(pods: Sequence[Pod]) -> float:
     return 10.0 + 0.2 * len(pods)
 
 
-def stops(pods: Sequence[Pod]) -> float:
-    """… a pod-failure, whose change of image stops the containers with their pod's own grace period."""
-    return bites(pods) + max([30, *(pod.grace for pod in pods)]) + 5
+def stops(pods: Sequence[Pod], lasting: float) -> float:
+    """… a pod-failure, whose change of image stops the containers with their pod's own grace period.
+
+    Not much longer than it lasts: what has not acted by then acts no more.
+    """
+    return min(bites(pods) + max([30, *(pod.grace for pod in pods)]) + 5, max(45.0, lasting))
 
 
 def duration(lasting: float, margin: float = MARGIN) -> str:

@@ -198,7 +198,9 @@ def _pod_failure(view: View, hit: tuple[Pod, ...], seen: tuple[str, ...], lastin
         "selector": selector_of(view.namespace, hit),
         "duration": duration(lasting),
     }
-    act = Apply("pod-failure", PODCHAOS, chaos(PODCHAOS, metadata, spec), len(hit), Dead(seen), within=stops(hit))
+    act = Apply(
+        "pod-failure", PODCHAOS, chaos(PODCHAOS, metadata, spec), len(hit), Dead(seen), within=stops(hit, lasting)
+    )
     return act, delete(PODCHAOS, metadata, "pod-failure", running=names)
 
 

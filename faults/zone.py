@@ -153,7 +153,7 @@ class ZoneOutage:
         if elsewhere:
             spec["gracePeriod"] = 0
         proof = Dead(seen, zone=self.zone.name, lasting=not elsewhere)
-        within = bites(inside) if elsewhere else stops(inside)
+        within = bites(inside) if elsewhere else stops(inside, self.lasting)
         act = Apply(what, PODCHAOS, chaos(PODCHAOS, metadata, spec), len(inside), proof, within=within)
         return act, delete(PODCHAOS, metadata, what, running=() if elsewhere else names)
 

@@ -481,6 +481,14 @@ def test_a_pod_failure_has_time_for_the_grace_of_its_pods() -> None:
     assert isinstance(failure, Apply) and failure.within > 120
 
 
+def test_nobody_waits_for_a_pod_failure_that_is_over() -> None:
+    endless = tuple(replace(one, grace=3600) for one in view().pods)
+    (failure,) = [
+        act for act in ZoneOutage(Zone("a"), lasting=90).plan(view(endless)).acts if act.what == "pod-failure"
+    ]
+    assert isinstance(failure, Apply) and failure.within == 90
+
+
 def test_a_partition_of_many_pods_has_time_for_each_of_its_records() -> None:
     crowd = (*view().pods, *(pod(f"worker-{n}", "b", engine=False) for n in range(100)))
     (cut,) = [act for act in ZonePartition(Zone("a"), lasting=60).plan(view(crowd)).acts if isinstance(act, Apply)]
