@@ -389,6 +389,9 @@ class Session:
         except TargetError as wrong:
             self.stop("inconclusive", f"nothing was injected: {wrong}")
             return False
+        if met := self._stops_already():
+            self.stop("inconclusive", f"nothing was injected: {met}")
+            return False
         if not settings.utilisation:
             return True
         busy = self._arena.prometheus.sample("utilisation", settings.utilisation)
@@ -404,6 +407,20 @@ class Session:
                 f"without {hit} of {ready} of them it would be {then:.0%}, more than max_utilisation",
             )
         return then <= settings.max_utilisation
+
+    def _stops_already(self) -> str:
+        """The stop condition that would end the fault at once, though it is none of its doing; "" for none."""
+        for one in self._settings.thresholds:
+            seen = self._arena.prometheus.sample(f"stop: {one}", one.query)
+            self.tape.sample(seen)
+            if seen.value is None:
+                return f"whether the stop condition {one} is met is not known ({seen.error})"
+            if one.broken_by(seen.value):
+                return f"the stop condition {one} is met already: {seen.value:.4g}"
+        ready = sum(pod.ready for pod in self._watcher.engines()) if self._watcher else 0
+        if ready < self._settings.stop_replicas:
+            return f"only {ready} replicas are ready, the stop condition is {self._settings.stop_replicas}"
+        return ""
 
     # ── during ──────────────────────────────────────────────────────────────────────────────
 

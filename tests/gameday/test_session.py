@@ -12,13 +12,14 @@ import pytest
 
 from faults import NodeDrain, PodHang, PodKill, PodStop, Zone, ZonePartition, undo as undoing
 from faults.base import CORDONED, Plan, Roll, Undo, View
+from gameday import clock
 from gameday.cluster import Cluster, Node, Pod
 from gameday.errors import ClusterError, ExperimentError, RecordError
 from gameday.heal import Healer
 from gameday.kinds import CONFIGMAPS, LEASES, NODES
 from gameday.ledger import Ledger
 from gameday.lock import NAME, Lock
-from gameday.model import FaultFacts, FaultMark, Note, Step
+from gameday.model import FaultFacts, FaultMark, Note, Sample, Step
 from gameday.objectives import Objectives, Recovers, Success
 from gameday.run import Session, Spec, again
 from gameday.settings import load
@@ -292,6 +293,32 @@ def test_a_pod_that_comes_into_a_cut_or_onto_a_drained_node_changes_the_plan(tmp
     assert not stays_valid(NodeDrain(60), before, (*before, engine("new", drained)), tmp_path)
     assert stays_valid(NodeDrain(60), before, (*before, engine("new", others[0])), tmp_path)
     assert not stays_valid(ZonePartition(Zone("a"), 60), before, (*before, engine("new", "n2", "b")), tmp_path)
+
+
+def test_a_stop_condition_that_is_met_already_is_not_the_faults_doing(tmp_path: Path) -> None:
+    """It ended the fault in its first second, and the service had failed."""
+    value: list[float | None] = [9.0]
+
+    class Answers:
+        def sample(self, name: str, query: str) -> Sample:
+            return Sample(clock.now(), query, name, value[0], error="" if value[0] is not None else "no data")
+
+    def begins(number: int, **settings: Any) -> tuple[bool, str]:
+        made = session(tmp_path / str(number), **settings)
+        made._arena.prometheus = Answers()  # type: ignore[misc, assignment]
+        made._watcher = cast(Any, SimpleNamespace(engines=lambda: (engine("e1"), engine("e2", ready=False))))
+        good = made._may_begin(Plan(FACTS, (), ()))
+        assert good is not made.stopped
+        return good, " ".join(event.text for event in made.tape.events if isinstance(event, Note))
+
+    queue = {"stop_when": ["sum(queue) > 8"]}
+    assert "sum(queue) > 8 is met already: 9" in begins(1, **queue)[1]
+    value[0] = None
+    assert "is not known (no data)" in begins(2, **queue)[1]
+    value[0] = 3.0
+    assert begins(3, **queue) == (True, "")
+    assert "only 1 replicas are ready, the stop condition is 2" in begins(4, stop_replicas=2)[1]
+    assert begins(5, stop_replicas=1) == (True, "")
 
 
 # ── what may not begin ──────────────────────────────────────────────────────────────────────────
