@@ -20,6 +20,7 @@ from pathlib import Path
 import uvloop
 
 from sandbox.apiserver import ApiServer, Identity, TlsFiles, make_tls
+from sandbox.apiserver.core import Webhooks
 from sandbox.kubeconfig import write_kubeconfig
 from sandbox.options import CLOCKS, REAL, Clocks
 
@@ -36,14 +37,16 @@ async def serve(
     controllers: bool = True,
     metrics: bool = False,
     prometheus: str = "",
+    webhooks: Webhooks | None = None,
     ready: Callable[[], None] | None = None,
 ) -> None:
     """Serve the API on bound sockets and run the controllers, until cancelled.
 
     `ready` is called once requests are answered. `zones` is of no interest to this control plane. `metrics`: nodes
-    have kubelets to ask what is used; `prometheus`: where autoscalers find other metrics.
+    have kubelets to ask what is used; `prometheus`: where autoscalers find other metrics;
+    `webhooks`: what custom objects meet on their way in.
     """
-    server = ApiServer(tokens, clocks, metrics=metrics, prometheus=prometheus)
+    server = ApiServer(tokens, clocks, metrics=metrics, prometheus=prometheus, webhooks=webhooks)
     async with server.listening(sockets, tls):
         if ready:
             ready()

@@ -31,7 +31,7 @@ import uvloop
 
 from sandbox import addons, binaries, deploy, prometheus
 from sandbox.apiserver import Identity, TlsFiles, make_tls
-from sandbox.chaos import controller
+from sandbox.chaos import controller, webhooks
 from sandbox.client import ApiError, HttpApi
 from sandbox.controlplane import ADMIN, serve
 from sandbox.kubeconfig import CONTEXT, write_kubeconfig
@@ -190,6 +190,7 @@ def control_plane(argv: list[str]) -> int:
             clocks=Clocks(**config["clocks"]),
             zones=config["zones"],
             metrics=not config["bare"],
+            webhooks=None if config["bare"] else webhooks.admit,
             prometheus="" if config["bare"] else f"http://127.0.0.1:{prometheus.PORT}",
             ready=ready,
         )

@@ -86,9 +86,14 @@ def _shape(res: Resource) -> managed.Shape:
     return managed.Shape(schema=(res.custom.schema or {}) if res.custom else None)
 
 
+Webhooks = Callable[[Obj, Obj | None], None]  # a custom object, and what it replaces
+
+
 class Core:
-    def __init__(self, clocks: Clocks = COMPRESSED) -> None:
+    def __init__(self, clocks: Clocks = COMPRESSED, webhooks: Webhooks | None = None) -> None:
+        """`webhooks` sees every custom object before it is checked; it may change or refuse it (ApiError)."""
         self.clocks = clocks
+        self._webhooks = webhooks
         self.kubelet_scheme = (
             "http"  # or "https": certificates of kubelets are taken as they come, as the real one does
         )
@@ -179,6 +184,7 @@ class Core:
         meta["creationTimestamp"] = now()
         strategy.before_create(self, res, obj, write.user)
         defaults.apply(res, obj, self)
+        self._admit(res, obj)
         validation.check_create(res, obj, self._check_kind(res, obj))
         strategy.admit_create(self, res, obj, write.user)
         if self.store.get(res.key, namespace, meta["name"]) is not None:
@@ -356,6 +362,8 @@ class Core:
         meta["resourceVersion"] = before["resourceVersion"]
         new = strategy.before_update(self, res, new, old.obj, sub)
         defaults.apply(res, new, self)
+        if not sub:
+            self._admit(res, new, old.obj)
         validation.check_update(res, new, old.obj, sub, self._check_kind(res, new, sub))
         strategy.admit_update(self, res, new, old.obj, write.user, sub)
         if write.managed is None and before.get("managedFields"):
@@ -372,6 +380,10 @@ class Core:
             gone = self.store.remove(res.key, new)
             return _with_version(new, gone.version)
         return self.store.put(res.key, new)
+
+    def _admit(self, res: Resource, obj: Obj, old: Obj | None = None) -> None:
+        if res.custom is not None and self._webhooks is not None:
+            self._webhooks(obj, old)
 
     def _check_kind(self, res: Resource, obj: Obj, sub: str = "") -> list[errors.Cause]:
         if res.custom is not None:

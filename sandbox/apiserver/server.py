@@ -10,7 +10,7 @@ from aiohttp import web
 
 from sandbox.apiserver import bootstrap, subresources, usage
 from sandbox.apiserver.authn import Identity, Tokens
-from sandbox.apiserver.core import Core
+from sandbox.apiserver.core import Core, Webhooks
 from sandbox.apiserver.direct import DirectApi
 from sandbox.apiserver.http import Handler
 from sandbox.apiserver.rbac import Rules
@@ -31,9 +31,13 @@ class ApiServer:
         *,
         metrics: bool = False,
         prometheus: str = "",
+        webhooks: Webhooks | None = None,
     ) -> None:
-        """`metrics`: serve metrics.k8s.io from the kubelets. `prometheus`: its URL, for autoscalers; "": none."""
-        self.core = Core(clocks)
+        """`metrics`: serve metrics.k8s.io from the kubelets. `prometheus`: its URL, for autoscalers; "": none.
+
+        `webhooks`: what custom objects meet on their way in.
+        """
+        self.core = Core(clocks, webhooks)
         self.metrics = Metrics(lambda: usage.kubelets(self.core), prometheus) if metrics else None
         self._resources = usage.ResourceMetrics(self.core, self.metrics) if self.metrics else None
         self.tokens = Tokens(tokens, lambda claims: subresources.token_alive(self.core, claims))

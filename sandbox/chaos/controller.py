@@ -3,8 +3,8 @@
 Each pass over an experiment: finalizer, desired phase, conditions (which therefore lag the records by one pass),
 records, and when all is recovered and deletion asked for, the finalizer goes. Only ever PATCHes the chaos kinds.
 
-Where the sandbox differs, because it has no admission webhook:
-- A changed spec is put back, with a Warning Event "Cannot update chaos spec"; Chaos Mesh refuses the change.
+On the sandbox's own API server Chaos Mesh's webhooks are played by `webhooks`. On another control plane nobody plays them:
+- A changed spec is put back, with a Warning Event.
 - A spec that the webhook would refuse is accepted, but selects nothing, and a Warning Event says why.
 Nothing selected is terminal, as long as this controller runs.
 """
@@ -232,7 +232,9 @@ class Controller:
             return obj
         self._recorder.normal(obj, "FinalizerInited", "Finalizer has been inited")
         change = {"finalizers": [*finalizers, FINALIZER], "resourceVersion": meta["resourceVersion"]}
-        return await self._patch(worker, {"metadata": change})
+        kept = await self._patch(worker, {"metadata": change})
+        self._recorder.updated(obj, "finalizer")
+        return kept
 
     async def _keep_spec(self, worker: Worker, obj: Obj) -> Obj:
         if obj["spec"] == worker.spec:
@@ -247,8 +249,11 @@ class Controller:
         desired, reason, message, left = _desire(obj, act)
         if (obj.get("status") or {}).get("experiment", {}).get("desiredPhase") == desired:
             return obj, left
-        self._recorder.normal(obj, reason, message)
-        return await self._patch(worker, {"status": {"experiment": {"desiredPhase": desired}}}), left
+        if message:
+            self._recorder.normal(obj, reason, message)
+        kept = await self._patch(worker, {"status": {"experiment": {"desiredPhase": desired}}})
+        self._recorder.updated(obj, "desiredPhase")
+        return kept, left
 
     async def _conditions(self, worker: Worker, obj: Obj) -> Obj:
         new = conditions(obj, _records(obj))
@@ -276,6 +281,7 @@ class Controller:
             if run.instances:
                 status["instances"] = run.instances
             await self._patch(worker, {"status": status})
+            self._recorder.updated(run.object, "records")
         return any(failures)
 
     async def _operate(self, run: Experiment, act: Action, record: Record, operation: Operation) -> bool:
@@ -362,21 +368,20 @@ def _misdirected(spec: Mapping[str, Any]) -> str | None:
 
 
 def _desire(obj: Obj, act: Action) -> tuple[str, str, str, float | None]:
-    """Desired phase, the Event's reason and message when it changes, and seconds until the duration is over.
+    """Desired phase, the Event's reason and message when it changes ("": none), and seconds until the duration is over.
 
     The duration counts from the creation, and runs on while paused.
     """
     if obj["metadata"].get("deletionTimestamp"):
         return STOP, "Deleted", "Experiment has been deleted", None
-    started = RUN, "Started", "Experiment has started"
     if act.one_shot:
-        return *started, None
+        return RUN, "", "", None  # Chaos Mesh says nothing of the start of these
     left = _left(obj)
     if left is not None and left <= 0:
         return STOP, "TimeUp", "Time up according to the duration", None
     if paused(obj):
         return STOP, "Paused", "Experiment has been paused", left
-    return *started, left
+    return RUN, "Started", "Experiment has started", left
 
 
 def _left(obj: Obj) -> float | None:

@@ -27,6 +27,9 @@ class Recorder:
     def normal(self, about: Obj, reason: str, message: str) -> None:
         self._queue.put_nowait(_event(about, "Normal", reason, message))
 
+    def updated(self, about: Obj, part: str) -> None:
+        self.normal(about, "Updated", f"Successfully update {part} of resource")
+
     def failed(self, about: Obj, activity: str, why: str) -> None:
         self._queue.put_nowait(_event(about, "Warning", "Failed", f"Failed to {activity}: {why}"))
 

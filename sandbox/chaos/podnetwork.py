@@ -39,12 +39,13 @@ def partition(source: str, spec: Spec, ids: Mapping[str, Sequence[str]], address
         sets = _sets(name, source, [addresses[peer] for peer in peers if peer in addresses], external, postfix)
         everything = not peers and not external
         rule: Obj = {"name": _chain(hook, name), "direction": hook, "source": source}
-        rule["ipsets"] = None if everything else [_compress(name, 27, postfix)]
+        if not everything:
+            rule["ipsets"] = [_compress(name, 27, f"set_{postfix}")]
         if device:
             rule["device"] = device
         iptables.append(rule)
-        known = {entry["name"] for entry in ipsets}
-        ipsets.extend(entry for entry in sets if not everything and entry["name"] not in known)
+        if not everything:
+            ipsets.extend(sets)  # for both directions twice the same, as Chaos Mesh has it
 
     sources, targets = ids.get(".", ()), ids.get(".Target", ())
     external = list(spec.get("externalTargets") or ())
@@ -101,7 +102,7 @@ def replaced(spec: Spec, source: str, entries: Spec) -> Obj:
 
 
 def _sets(name: str, source: str, pods: Iterable[str], external: Iterable[str], postfix: str) -> list[Obj]:
-    """A set of networks, a set of networks with ports where ports are asked for, and the set of both."""
+    """A set of networks, a set of networks with ports, and the set of both; empty ones too, as Chaos Mesh does."""
     nets = [f"{address}/{128 if ':' in address else 32}" for address in pods]
     ports: list[Obj] = []
     for target in external:
@@ -110,12 +111,13 @@ def _sets(name: str, source: str, pods: Iterable[str], external: Iterable[str], 
             nets.append(network)
         else:
             ports.append({"cidr": network, "port": port})
-    made: list[Obj] = []
-    if nets:
-        made.append({"name": _compress(name, 27, f"net_{postfix}"), "ipsetType": NET, "cidrs": nets})
-    if ports:
-        made.append({"name": _compress(name, 27, f"netport_{postfix}"), "ipsetType": NET_PORT, "cidrAndPorts": ports})
-    together = {"name": _compress(name, 27, postfix), "ipsetType": SET, "setNames": [entry["name"] for entry in made]}
+    made: list[Obj] = [
+        {"name": _compress(name, 27, f"net_{postfix}"), "ipsetType": NET, **({"cidrs": nets} if nets else {})},
+        {"name": _compress(name, 27, f"netport_{postfix}"), "ipsetType": NET_PORT}
+        | ({"cidrAndPorts": ports} if ports else {}),
+    ]
+    names = [entry["name"] for entry in made]
+    together = {"name": _compress(name, 27, f"set_{postfix}"), "ipsetType": SET, "setNames": names}
     return [{**entry, "source": source} for entry in [*made, together]]
 
 
@@ -144,10 +146,8 @@ def _chain(hook: Direction, name: str) -> str:
 
 
 def _compress(name: str, limit: int, postfix: str = "") -> str:
-    """`name_postfix`, with a hash in the name's place when it is longer than `limit`."""
-    full = f"{name}_{postfix}" if postfix else name
-    if len(full) <= limit:
-        return full
-    digest = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
-    short = f"{name[:6]}_{digest}"[: limit - (len(postfix) + 1 if postfix else 0)]
-    return f"{short}_{postfix}" if postfix else short
+    """`name_postfix`; of a longer name its first five characters and a hash of the others."""
+    if len(name) < 6:
+        return f"{name}_{postfix}"
+    digest = hashlib.sha256(name[5:].encode()).hexdigest()
+    return f"{name[:5]}_{digest[: limit - 7 - len(postfix)]}_{postfix}"

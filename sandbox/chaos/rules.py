@@ -48,10 +48,13 @@ def script(spec: Mapping[str, Any]) -> str:
 
 
 def _by_name(entries: Iterable[Obj]) -> dict[str, Obj]:
-    """Names come from the NetworkChaos's name alone: two of one name (in two namespaces) would share sets."""
+    """Names come from the NetworkChaos's name alone: two of one name (in two namespaces) would share sets.
+
+    For both directions Chaos Mesh (2.8) lists the same sets twice.
+    """
     named: dict[str, Obj] = {}
     for entry in entries:
-        if entry["name"] in named:
+        if entry["name"] in named and entry != named[entry["name"]]:
             sources = sorted({entry["source"], named[entry["name"]]["source"]})
             raise Unsupported(f"{' and '.join(sources)} both make {entry['name']}: names must be unique")
         named[entry["name"]] = entry

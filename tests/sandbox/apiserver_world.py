@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 
 from sandbox.apiserver import ApiServer, Identity, TlsFiles, make_tls
+from sandbox.apiserver.core import Webhooks
 from sandbox.client import ApiError, HttpApi, Kind, Obj
 from sandbox.options import REAL
 
@@ -39,9 +40,9 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(directory: Path) -> AsyncIterator[Cluster]:
+async def cluster(directory: Path, webhooks: Webhooks | None = None) -> AsyncIterator[Cluster]:
     tls = make_tls(directory)
-    server = ApiServer(TOKENS, replace(REAL, toleration_seconds=7))
+    server = ApiServer(TOKENS, replace(REAL, toleration_seconds=7), webhooks=webhooks)
     sock = socket.create_server(("127.0.0.1", 0))
     url = f"https://127.0.0.1:{sock.getsockname()[1]}"
     trust = ssl.create_default_context(cadata=tls.ca_pem)

@@ -20,6 +20,7 @@ import pytest
 from apiserver_world import cluster
 from nodes_world import api_of
 
+from sandbox.apiserver.core import Webhooks
 from sandbox.chaos import controller, daemon
 from sandbox.client import EVENTS, NETWORKCHAOS, PODCHAOS, PODS, ApiError, HttpApi, Kind, Obj
 from sandbox.node import linux
@@ -166,8 +167,8 @@ def records(obj: Obj) -> list[Obj]:
 
 
 @contextlib.asynccontextmanager
-async def world(directory: Path) -> AsyncIterator[World]:
-    async with cluster(directory) as one:
+async def world(directory: Path, webhooks: Webhooks | None = None) -> AsyncIterator[World]:
+    async with cluster(directory, webhooks) as one:
         await controller.install_crds(one.api)
         made = World(one.api, asyncio.create_task(controller.run(one.api)))
         try:

@@ -389,5 +389,5 @@ def test_entries_of_each_direction() -> None:
     ids, addresses = {".": ["x/a"], ".Target": ["x/b"]}, {"x/a": "10.0.0.1", "x/b": "10.0.0.2"}
     here = podnetwork.control("x/name", spec, ids, addresses, "x/a")
     there = podnetwork.control("x/name", spec, ids, addresses, "x/b")
-    assert [tc["ipset"] for tc in (*here["tcs"], *there["tcs"])] == ["name_batgt", "name_basrc"]
+    assert [tc["ipset"] for tc in (*here["tcs"], *there["tcs"])] == ["name_set_batgt", "name_set_basrc"]
     assert podnetwork.control("x/name", {**spec, "direction": "to"}, ids, addresses, "x/b") == {}
