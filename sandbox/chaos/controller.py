@@ -3,7 +3,7 @@
 Each pass over an experiment: finalizer, desired phase, conditions (which therefore lag the records by one pass),
 records, and when all is recovered and deletion asked for, the finalizer goes. Only ever PATCHes the chaos kinds.
 
-On the sandbox's own API server Chaos Mesh's webhooks are played by `webhooks`. On another control plane nobody plays them:
+`webhooks` plays Chaos Mesh's admission on the sandbox's own API server. On another control plane nobody does:
 - A changed spec is put back, with a Warning Event.
 - A spec that the webhook would refuse is accepted, but selects nothing, and a Warning Event says why.
 Nothing selected is terminal, as long as this controller runs.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 
 import chaos_scenarios
 import pytest
+from chaos_scenarios import Obj
 from chaos_world import world
 
 from sandbox.chaos import webhooks
@@ -15,12 +15,22 @@ from sandbox.chaos import webhooks
 RECORDED = json.loads(chaos_scenarios.RECORDED.read_text())
 
 
-@pytest.mark.parametrize("name", chaos_scenarios.SCENARIOS)
-def test_the_controller_does_as_chaos_meshs_own(tmp_path: Path, name: str) -> None:
-    async def main() -> list[chaos_scenarios.Obj]:
-        async with world(tmp_path, webhooks.admit) as one:
-            return await chaos_scenarios.play(one.api, name)
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Obj] | BaseException]:
+    """What each scenario shows here, or why it broke off; they mostly wait, so all at once."""
 
-    seen = json.loads(json.dumps(asyncio.run(main())))
-    for ours, theirs in zip(seen, RECORDED[name], strict=True):
+    async def main() -> list[list[Obj] | BaseException]:
+        async with world(tmp_path_factory.mktemp("oracle"), webhooks.admit) as one:
+            plays = (chaos_scenarios.play(one.api, name) for name in chaos_scenarios.SCENARIOS)
+            return await asyncio.gather(*plays, return_exceptions=True)
+
+    return dict(zip(chaos_scenarios.SCENARIOS, asyncio.run(main()), strict=True))
+
+
+@pytest.mark.parametrize("name", chaos_scenarios.SCENARIOS)
+def test_the_controller_does_as_chaos_meshs_own(played: dict[str, list[Obj] | BaseException], name: str) -> None:
+    seen = played[name]
+    if isinstance(seen, BaseException):
+        raise seen
+    for ours, theirs in zip(json.loads(json.dumps(seen)), RECORDED[name], strict=True):
         assert ours == theirs
