@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import termios
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ from sandbox.node.mounts import Mount
 from sandbox.node.security import Security
 
 _MESSAGE = 200_000  # bytes; below the default of net.core.wmem_default
+_START_SECONDS = 5.0  # a process is its own long before; one that is not is ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +132,10 @@ class Zygote:
         os.close(ready_w)
         for fd in spaces.values():
             os.close(fd)
-        failure = b""
-        while chunk := os.read(ready_r, 4096):
-            failure += chunk
+        failure = _told(ready_r)
+        if failure is None:  # nobody else of this machine shall wait for it
+            os.kill(pid, signal.SIGKILL)
+            failure = f"it did not start within {_START_SECONDS:g} s".encode()
         os.close(ready_r)
         if failure:
             os.waitpid(pid, 0)
@@ -164,6 +167,16 @@ class Zygote:
     def _tell(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._sock.send(orjson.dumps(message))
+
+
+def _told(ready: int) -> bytes | None:
+    """Why a process did not start, b"" when it did; None: it says nothing for too long."""
+    failure, end = b"", time.monotonic() + _START_SECONDS
+    while select.select([ready], [], [], max(0.0, end - time.monotonic()))[0]:
+        if not (chunk := os.read(ready, 4096)):
+            return failure
+        failure += chunk
+    return None
 
 
 def _become(order: dict[str, Any], fds: Sequence[int], ready: int, spaces: Mapping[int, int]) -> NoReturn:
