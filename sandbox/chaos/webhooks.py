@@ -13,7 +13,6 @@ from typing import Any
 from sandbox.chaos import gotime
 from sandbox.client import ApiError, Obj
 
-GROUP = "chaos-mesh.org"
 _CORRELATED = ("delay", "loss", "duplicate", "corrupt")
 _RATE = re.compile(r"(.*?)\s*(kbit|mbit|gbit|tbit|tbps|gbps|mbps|kbps|bps|bit)")
 _KINDS = frozenset({"PodChaos", "NetworkChaos", "StressChaos"})
